@@ -73,27 +73,37 @@ class Dropout(nn.Dropout):
         if x.device.type != "cpu" or not self.training or not 0 < self.p < 1:
             return super().forward(x)
         seed = torch.empty((), dtype=torch.int64).random_().item()
-        bits = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.uint16)[: x.numel()]
+        bits = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.int16)[: x.numel()]
         threshold = min(round(self.p * 65536), 65535)
+        # Signed: the lowest `threshold` values start at -32768. All bits are set where x stays, else none.
+        mask = _integers(torch.from_numpy(bits) < threshold - 32768, x).sub_(1)
         # In x's own order of dimensions, without the gaps or overlaps that a view has.
-        strides = torch.empty_like(x, dtype=torch.bool).stride()
-        keep = torch.from_numpy(bits >= threshold).as_strided(x.shape, strides)
-        return _MaskAndScale.apply(x, keep, 65536 / (65536 - threshold))
+        mask = mask.as_strided(x.shape, torch.empty_like(x).stride())
+        return _MaskAndScale.apply(x, mask, 65536 / (65536 - threshold))
+
+
+def _integers(tensor, like):
+    """Return a tensor as integers of as many bits as the elements of `like`: a new one, or a view of the same bits."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[like.element_size()]
+    return tensor.to(integer) if tensor.dtype == torch.bool else tensor.view(integer)
 
 
 class _MaskAndScale(torch.autograd.Function):
-    """x * keep * scale. Autograd's own product would keep x for the backward pass as well as the mask."""
+    """x where the mask is set, else 0, times scale. Bits are masked faster than numbers are multiplied by booleans.
+
+    Autograd's own product would also keep x for the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx, x, keep, scale):
-        ctx.save_for_backward(keep)
+    def forward(ctx, x, mask, scale):
+        ctx.save_for_backward(mask)
         ctx.scale = scale
-        return (x * keep).mul_(scale)
+        return (_integers(x, x) & mask).view(x.dtype).mul_(scale)
 
     @staticmethod
     def backward(ctx, gradient):
-        (keep,) = ctx.saved_tensors
-        return (gradient * keep).mul_(ctx.scale), None, None
+        (mask,) = ctx.saved_tensors
+        return (_integers(gradient, gradient) & mask).view(gradient.dtype).mul_(ctx.scale), None, None
 
 
 MODELS = {"AudioCNN": AudioCNN}  # a new network is a class above and a name here
