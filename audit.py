@@ -30,6 +30,7 @@ from model import load_model, model_path
 from utils import UserError
 
 LABEL_SHARE = 0.98  # of a cell's variance that the class explains; 0.39 in 2,148 real clips, 0.92 in the miniature
+SHOWN = 8  # clips of a group, and groups: a data set that is one great copy would fill the screen many times
 REPRODUCED_CLIPS = 32  # clips a fold whose predictions are computed again
 PROBABILITY_TOLERANCE = 1e-3  # between machines, and the six decimals of the file
 
@@ -38,16 +39,24 @@ PROBABILITY_TOLERANCE = 1e-3  # between machines, and the six decimals of the fi
 
 
 def duplicates_across_folds(data):
-    """Return a finding for each group of clips with the same features in more than one fold."""
+    """Return a finding for each of the first groups of clips with the same features in more than one fold."""
     groups = {}
     for index, clip in enumerate(data.features):
         groups.setdefault(hashlib.blake2b(np.ascontiguousarray(clip), digest_size=16).digest(), []).append(index)
     findings = []
     for group in groups.values():
         if len({int(data.folds[index]) for index in group}) > 1:
-            names = ", ".join(f"{data.clips[index]['slice_file_name']} (fold {data.folds[index]})" for index in group)
-            findings.append(f"the same features are in several folds: {names}")
+            names = [f"{data.clips[index]['slice_file_name']} (fold {data.folds[index]})" for index in group]
+            findings.append(f"the same features are in several folds: {first_few(names)}")
+    if len(findings) > SHOWN:
+        findings[SHOWN:] = [f"the same features are in several folds: {len(findings) - SHOWN} more groups of clips"]
     return findings
+
+
+def first_few(names):
+    """Return names as text, cut to the first SHOWN."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def cells_that_tell_the_class(data):

@@ -7,10 +7,12 @@ Nothing here imports torch at the top: the preprocessing workers need only numpy
 """
 
 import collections
+import concurrent.futures
 import csv
 import dataclasses
 import functools
 import hashlib
+import os
 import re
 import warnings
 from pathlib import Path
@@ -208,6 +210,9 @@ def _check_row(clip, where):
 PROCESSED_FILES = ["features.pkl", "labels.pkl", "folds.pkl", "class_mapping.pkl", "clips.csv", "features.json"]
 
 
+HASHED_BYTES = 1 << 24  # of the data, hashed by one thread at a time
+
+
 @dataclasses.dataclass
 class Processed:
     """The processed data set: everything that training needs, in the order of clips.csv."""
@@ -262,11 +267,17 @@ def count_clips(clips):
 
 
 def fingerprint(features, labels, folds):
-    """Return a short hash of the data, so that a resumed training notices other data under the same path."""
-    digest = hashlib.blake2b(digest_size=8)
+    """Return a short hash of the data, so that a resumed training notices other data under the same path.
+
+    A hash of the hashes of its parts: threads share the parts, so that checking takes less time than reading.
+    """
+    parts = []
     for array in (features, np.asarray(labels, np.int64), np.asarray(folds, np.int64)):
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        parts += [content[start : start + HASHED_BYTES] for start in range(0, content.size, HASHED_BYTES)]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(lambda part: hashlib.sha256(part).digest(), parts)  # which sets other threads free
+        return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 def load_processed(folder):

@@ -56,6 +56,17 @@ def test_an_honest_run_has_no_finding(assets):
     assert findings(assets) == []
 
 
+def test_copies_without_end_take_a_few_lines(assets):
+    data = data_loader.load_processed(assets / "data")
+    save_again(assets, features=np.concatenate([data.features[:12], data.features[:12]]))
+    several = [finding for finding in findings(assets) if "same features" in finding]
+    assert len(several) == audit.SHOWN + 1
+    assert several[-1].endswith(f"{12 - audit.SHOWN} more groups of clips")
+    save_again(assets, features=np.repeat(data.features[:1], 24, axis=0))
+    (one,) = [finding for finding in findings(assets) if "same features" in finding]
+    assert one.endswith(f"and {24 - audit.SHOWN} more") and one.count(".wav") == audit.SHOWN
+
+
 def test_test_clip_copied_into_another_fold(assets):
     data = data_loader.load_processed(assets / "data")
     features = data.features.copy()
