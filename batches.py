@@ -15,6 +15,7 @@ import utils
 from utils import UserError
 
 VALIDATIONS = ("next_fold", "none", "test_fold")
+FILTER_POINTS = 6  # of a random frequency response
 
 
 def split(folds, test_fold, validation):
@@ -79,7 +80,7 @@ def batch_slices(n_clips, batch_size):
 
 @dataclasses.dataclass
 class EpochPlan:
-    """The clips of an epoch in their order, with what happens to each: tensors of shape (clips,) on the device."""
+    """The clips of an epoch in their order, with what happens to each: tensors of shape (clips, ...) on the device."""
 
     index: torch.Tensor  # the clip's place in the features
     first_frame: torch.Tensor  # of the crop
@@ -89,6 +90,7 @@ class EpochPlan:
     mask_frame: torch.Tensor  # first masked frame of the crop
     mask_frames: torch.Tensor  # how many
     mixup: torch.Tensor  # the clip's own share; the rest is its partner's
+    gains: torch.Tensor  # (clips, FILTER_POINTS) dB, at points from the lowest to the highest mel band
 
     def __getitem__(self, batch):
         return EpochPlan(*(getattr(self, field.name)[batch] for field in dataclasses.fields(self)))
@@ -106,6 +108,8 @@ def plan_epoch(indices, shape, settings, seed_parts, device):
     mask_bands = rng.integers(0, settings["mask_bands"] + 1, n)
     mask_frames = rng.integers(0, settings["mask_frames"] + 1, n)
     alpha = settings["mixup_alpha"]
+    level = rng.uniform(-settings["gain_db"], settings["gain_db"], (n, 1))
+    response = rng.uniform(-settings["filter_db"], settings["filter_db"], (n, FILTER_POINTS))
     plan = EpochPlan(
         index=rng.permutation(indices),
         first_frame=rng.integers(0, n_frames - crop + 1, n),
@@ -115,6 +119,7 @@ def plan_epoch(indices, shape, settings, seed_parts, device):
         mask_frame=rng.integers(0, np.maximum(crop - mask_frames, 0) + 1),
         mask_frames=mask_frames,
         mixup=(rng.beta(alpha, alpha, n) if alpha else np.ones(n)).astype(np.float32),
+        gains=(level + response).astype(np.float32),
     )
     return EpochPlan(*(torch.from_numpy(column).to(device) for column in vars(plan).values()))
 
@@ -139,6 +144,8 @@ def training_batch(features, targets, statistics, plan, settings):
     inputs = features[
         plan.index[:, None, None], source[:, :, None], (plan.first_frame[:, None] + frames)[:, None, :]
     ].float()  # (B, n_mels, crop)
+    if settings["gain_db"] or settings["filter_db"]:
+        inputs += over_bands(plan.gains, n_mels)[:, :, None]
     inputs = (inputs - mean[source][:, :, None]) / deviation[source][:, :, None]
     labels = targets[plan.index]  # (B, classes)
     if settings["mixup_alpha"]:  # each clip's partner is its mirror in the batch, which is in random order already
@@ -152,7 +159,14 @@ def training_batch(features, targets, statistics, plan, settings):
     return inputs.unsqueeze(1), labels
 
 
+def over_bands(gains, n_mels):
+    """Return a frequency response from its points, straight lines between: (B, FILTER_POINTS) -> (B, n_mels)."""
+    place = torch.linspace(0, FILTER_POINTS - 1, n_mels, device=gains.device)  # (n_mels,)
+    below = place.long().clamp(max=FILTER_POINTS - 2)
+    return torch.lerp(gains[:, below], gains[:, below + 1], place - below)
+
+
 def augmentation_settings():
     """Return config.py's augmentation names and values, as `plan_epoch` and `training_batch` take them."""
-    names = ("CROP_FRAMES", "MIXUP_ALPHA", "BAND_SHIFT", "MASK_BANDS", "MASK_FRAMES")
+    names = ("CROP_FRAMES", "MIXUP_ALPHA", "BAND_SHIFT", "GAIN_DB", "FILTER_DB", "MASK_BANDS", "MASK_FRAMES")
     return {name.lower(): getattr(config, name) for name in names}

@@ -5,6 +5,7 @@
 Prints 'config.py: n settings, all in range', or one line that names the setting, its value and what is wanted.
 """
 
+import argparse
 import difflib
 import math
 import re
@@ -70,6 +71,8 @@ RULES = {
     "CROP_FRAMES": (lambda value: value == 0 or (is_whole(value) and value >= 16), "0, or at least 16 frames"),
     "MIXUP_ALPHA": between(0, math.inf),
     "BAND_SHIFT": whole(0),
+    "GAIN_DB": between(0, math.inf),
+    "FILTER_DB": between(0, math.inf),
     "MASK_BANDS": whole(0),
     "MASK_FRAMES": whole(0),
     "VALIDATION": one_of("next_fold", "none", "test_fold"),
@@ -82,7 +85,29 @@ RULES = {
         '"owner/name", or "" for off',
     ),
     "HF_PRIVATE": one_of(True, False),
+    "WANDB_PROJECT": (
+        lambda value: isinstance(value, str) and re.fullmatch(r"[^/\\#?%:\s]{0,128}", value),
+        'a project\'s name in quotes, or "" for off',
+    ),
+    "WANDB_ENTITY": TEXT,
 }
+
+
+def number_for(name):
+    """Return an argparse type for the flag of a number in config.py, under the same rule."""
+    is_right, wanted = RULES[name]
+
+    def parse(text):
+        try:
+            value = int(text) if re.fullmatch(r"\s*[+-]?\d+\s*", text) else float(text)
+            right = is_right(value)
+        except ValueError:
+            right = False
+        if not right:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
 
 
 def check_config():

@@ -46,6 +46,10 @@ SEED = 0
 CROP_FRAMES = 96  # frames of a random crop (of 173): halves the cost of a step; testing uses whole clips
 MIXUP_ALPHA = 0.3  # Beta(a, a) of mixup (Zhang et al. 2018, arXiv:1710.09412)
 BAND_SHIFT = 5  # mel bands; random shift up or down by at most this many
+GAIN_DB = 6.0  # dB; random level up or down by at most this
+FILTER_DB = (
+    6.0  # dB; random frequency response within this, as of another microphone (Nam et al. 2022, arXiv:2110.03282)
+)
 MASK_BANDS = 16  # mel bands; longest SpecAugment frequency mask (Park et al. 2019, arXiv:1904.08779)
 MASK_FRAMES = 16  # frames; longest SpecAugment time mask
 
@@ -65,6 +69,10 @@ WORKERS = os.cpu_count() or 1  # preprocessing processes
 # --- Hugging Face Hub: optional; empty means off -----------------------------------------------------------------
 HF_REPO_ID = os.environ.get("HF_REPO_ID", "")  # "owner/name" of a data set repository for the processed files
 HF_PRIVATE = True  # a repository that has to be created is private
+
+# --- Weights & Biases: optional; empty means off -----------------------------------------------------------------
+WANDB_PROJECT = os.environ.get("WANDB_PROJECT", "")  # each fold's curves, best model and mistakes go there
+WANDB_ENTITY = os.environ.get("WANDB_ENTITY", "")  # team or user; empty means the account's own default
 
 
 def __getattr__(name):

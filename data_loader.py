@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -210,7 +211,7 @@ def _check_row(clip, where):
 PROCESSED_FILES = ["features.pkl", "labels.pkl", "folds.pkl", "class_mapping.pkl", "clips.csv", "features.json"]
 
 
-HASHED_BYTES = 1 << 24  # of the data, hashed by one thread at a time
+CHECKED_BYTES = 1 << 24  # of the data, a thread at a time
 
 
 @dataclasses.dataclass
@@ -269,15 +270,16 @@ def count_clips(clips):
 def fingerprint(features, labels, folds):
     """Return a short hash of the data, so that a resumed training notices other data under the same path.
 
-    A hash of the hashes of its parts: threads share the parts, so that checking takes less time than reading.
+    A hash of the CRC-32 of its parts: it finds damage and other data, not forgery. Threads share the parts, so that
+    checking takes half the time of reading.
     """
     parts = []
     for array in (features, np.asarray(labels, np.int64), np.asarray(folds, np.int64)):
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        parts += [content[start : start + HASHED_BYTES] for start in range(0, content.size, HASHED_BYTES)]
+        parts += [content[start : start + CHECKED_BYTES] for start in range(0, content.size, CHECKED_BYTES)]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(lambda part: hashlib.sha256(part).digest(), parts)  # which sets other threads free
-        return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+        checksums = list(pool.map(zlib.crc32, parts))  # which lets other threads run meanwhile
+    return hashlib.blake2b(repr(checksums).encode(), digest_size=8).hexdigest()
 
 
 def load_processed(folder):

@@ -8,8 +8,16 @@ import batches
 import config
 from utils import UserError
 
-OFF = {"crop_frames": 0, "mixup_alpha": 0, "band_shift": 0, "mask_bands": 0, "mask_frames": 0}
-ALL = {"crop_frames": 12, "mixup_alpha": 0.3, "band_shift": 3, "mask_bands": 4, "mask_frames": 6}
+ALL = {
+    "crop_frames": 12,
+    "mixup_alpha": 0.3,
+    "band_shift": 3,
+    "gain_db": 4.0,
+    "filter_db": 5.0,
+    "mask_bands": 4,
+    "mask_frames": 6,
+}
+OFF = dict.fromkeys(ALL, 0)
 N_CLIPS, N_MELS, N_FRAMES = 30, 16, 20
 SEED_PARTS = (0, 0, 1)
 
@@ -141,6 +149,8 @@ def test_plan_follows_from_seed_fold_and_epoch_alone(other):
         {"mixup_alpha": 0},
         {"mixup_alpha": 1e-3},
         {"mixup_alpha": 100},
+        {"gain_db": 0},
+        {"filter_db": 0},
     ],
     ids=str,
 )
@@ -163,6 +173,8 @@ def test_every_draw_is_in_range_and_the_ends_are_reached(changes, data):
     ):
         assert (first >= 0).all()
         assert ((first + length <= room) | (first == 0)).all()  # a mask longer than the clip covers all of it
+    widest = settings["gain_db"] + settings["filter_db"]
+    assert 0.9 * widest <= float(plan.gains.abs().max()) <= widest
     assert ((plan.mixup >= 0) & (plan.mixup <= 1)).all()
     if not settings["mixup_alpha"]:
         assert (plan.mixup == 1).all()
@@ -184,9 +196,11 @@ def slow_batch(data, plan, settings):
     clips, labels = [], []
     for place in range(len(plan.index)):
         clip = features[plan.index[place]].astype(np.float32)
-        clip = (clip - mean[:, None]) / deviation[:, None]
         shift, first = int(plan.band_shift[place]), int(plan.first_frame[place])
-        rows = [clip[max(0, min(N_MELS - 1, band + shift))] for band in range(N_MELS)]
+        points = np.linspace(0, N_MELS - 1, batches.FILTER_POINTS)
+        gain = np.interp(range(N_MELS), points, plan.gains[place].numpy())
+        sources = [max(0, min(N_MELS - 1, band + shift)) for band in range(N_MELS)]
+        rows = [(clip[source] + gain[band] - mean[source]) / deviation[source] for band, source in enumerate(sources)]
         clips.append(np.stack(rows)[:, first : first + crop])
         labels.append(targets[plan.index[place]])
     inputs, mixed_labels = [], []
@@ -222,6 +236,17 @@ def test_without_augmentation_training_sees_what_testing_sees(data):
     inputs, labels = batches.training_batch(features, targets, statistics, plan, OFF)
     assert torch.equal(inputs, batches.normalise(features[plan.index], statistics))
     assert torch.equal(labels, targets[plan.index])
+
+
+def test_gain_moves_all_bands_alike_and_a_filter_does_not(data):
+    for name, alike in (("gain_db", True), ("filter_db", False)):
+        settings = {**OFF, name: 6.0}
+        plan = plan_of(settings)
+        inputs, _ = batches.training_batch(*data, plan, settings)
+        moved = (inputs - batches.normalise(data[0][plan.index], data[2]))[:, 0] * data[2][1][:, None]  # dB
+        assert moved.abs().max() <= 6 + 1e-3
+        assert (moved.std(dim=2).max() < 1e-3).item()  # the same in all frames
+        assert (moved.mean(dim=2).std(dim=1).max() < 1e-3).item() == alike
 
 
 def test_masks_hide_whole_bands_and_frames_and_nothing_else(data):
