@@ -84,6 +84,7 @@ class EpochPlan:
 
     index: torch.Tensor  # the clip's place in the features
     first_frame: torch.Tensor  # of the crop
+    frame_step: torch.Tensor  # frames of the clip per frame of the crop: 1.2 plays it faster by a fifth
     band_shift: torch.Tensor  # mel bands
     mask_band: torch.Tensor  # first masked mel band
     mask_bands: torch.Tensor  # how many
@@ -108,11 +109,15 @@ def plan_epoch(indices, shape, settings, seed_parts, device):
     mask_bands = rng.integers(0, settings["mask_bands"] + 1, n)
     mask_frames = rng.integers(0, settings["mask_frames"] + 1, n)
     alpha = settings["mixup_alpha"]
+    fastest = 1 + settings["time_stretch"]
+    step = (fastest ** rng.uniform(-1, 1, n)).clip(max=(n_frames - 1) / max(crop - 1, 1))  # no further than the clip
+    last_start = n_frames - 1 - np.ceil((crop - 1) * step - 1e-6).astype(np.int64)
     level = rng.uniform(-settings["gain_db"], settings["gain_db"], (n, 1))
     response = rng.uniform(-settings["filter_db"], settings["filter_db"], (n, FILTER_POINTS))
     plan = EpochPlan(
         index=rng.permutation(indices),
-        first_frame=rng.integers(0, n_frames - crop + 1, n),
+        first_frame=rng.integers(0, last_start + 1),
+        frame_step=step.astype(np.float32),
         band_shift=rng.integers(-settings["band_shift"], settings["band_shift"] + 1, n),
         mask_band=rng.integers(0, np.maximum(n_mels - mask_bands, 0) + 1),
         mask_bands=mask_bands,
@@ -139,11 +144,10 @@ def training_batch(features, targets, statistics, plan, settings):
     device = features.device
     bands = torch.arange(n_mels, device=device)  # (n_mels,)
     frames = torch.arange(crop_length(n_frames, settings), device=device)  # (crop,)
-    # Shift and crop in one read of the features; the edge band fills what a shift leaves empty.
+    # Shift, stretch and crop in one read of the features; the edge band fills what a shift leaves empty.
     source = (bands + plan.band_shift[:, None]).clamp(0, n_mels - 1)  # (B, n_mels)
-    inputs = features[
-        plan.index[:, None, None], source[:, :, None], (plan.first_frame[:, None] + frames)[:, None, :]
-    ].float()  # (B, n_mels, crop)
+    times = plan.first_frame[:, None] + (frames * plan.frame_step[:, None]).round().long()  # (B, crop)
+    inputs = features[plan.index[:, None, None], source[:, :, None], times[:, None, :]].float()  # (B, n_mels, crop)
     if settings["gain_db"] or settings["filter_db"]:
         inputs += over_bands(plan.gains, n_mels)[:, :, None]
     inputs = (inputs - mean[source][:, :, None]) / deviation[source][:, :, None]
@@ -168,5 +172,14 @@ def over_bands(gains, n_mels):
 
 def augmentation_settings():
     """Return config.py's augmentation names and values, as `plan_epoch` and `training_batch` take them."""
-    names = ("CROP_FRAMES", "MIXUP_ALPHA", "BAND_SHIFT", "GAIN_DB", "FILTER_DB", "MASK_BANDS", "MASK_FRAMES")
+    names = (
+        "CROP_FRAMES",
+        "TIME_STRETCH",
+        "MIXUP_ALPHA",
+        "BAND_SHIFT",
+        "GAIN_DB",
+        "FILTER_DB",
+        "MASK_BANDS",
+        "MASK_FRAMES",
+    )
     return {name.lower(): getattr(config, name) for name in names}

@@ -69,6 +69,7 @@ RULES = {
     "HEAD_DROPOUT": between(0, 1),
     "SEED": whole(0),
     "CROP_FRAMES": (lambda value: value == 0 or (is_whole(value) and value >= 16), "0, or at least 16 frames"),
+    "TIME_STRETCH": between(0, 10),
     "MIXUP_ALPHA": between(0, math.inf),
     "BAND_SHIFT": whole(0),
     "GAIN_DB": between(0, math.inf),

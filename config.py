@@ -44,6 +44,7 @@ SEED = 0
 
 # Augmentation, of training batches only; 0 turns a part off.
 CROP_FRAMES = 96  # frames of a random crop (of 173): halves the cost of a step; testing uses whole clips
+TIME_STRETCH = 0.2  # a crop plays faster or slower by up to this share: nearest frames, so that it costs nothing
 MIXUP_ALPHA = 0.3  # Beta(a, a) of mixup (Zhang et al. 2018, arXiv:1710.09412)
 BAND_SHIFT = 5  # mel bands; random shift up or down by at most this many
 GAIN_DB = 6.0  # dB; random level up or down by at most this

@@ -10,6 +10,7 @@ from utils import UserError
 
 ALL = {
     "crop_frames": 12,
+    "time_stretch": 0.5,
     "mixup_alpha": 0.3,
     "band_shift": 3,
     "gain_db": 4.0,
@@ -146,6 +147,8 @@ def test_plan_follows_from_seed_fold_and_epoch_alone(other):
         {"mask_frames": 0},
         {"mask_frames": 100},
         {"crop_frames": 5, "mask_frames": 6},
+        {"time_stretch": 0},
+        {"time_stretch": 9, "crop_frames": 0},
         {"mixup_alpha": 0},
         {"mixup_alpha": 1e-3},
         {"mixup_alpha": 100},
@@ -158,8 +161,12 @@ def test_every_draw_is_in_range_and_the_ends_are_reached(changes, data):
     settings = {**ALL, **changes}
     plan = plan_of(settings, range(4000))
     crop = min(settings["crop_frames"] or N_FRAMES, N_FRAMES)
+    longest_step = min(1 + settings["time_stretch"], (N_FRAMES - 1) / max(crop - 1, 1))
+    last = plan.first_frame + ((crop - 1) * plan.frame_step).round().long()
+    assert (plan.first_frame.min(), last.max()) == (0, N_FRAMES - 1)
+    assert 1 / (1 + settings["time_stretch"]) - 1e-6 <= plan.frame_step.min() <= plan.frame_step.max()
+    assert plan.frame_step.max().item() == pytest.approx(longest_step, rel=2e-3)
     ends = {
-        "first_frame": (0, N_FRAMES - crop),
         "band_shift": (-settings["band_shift"], settings["band_shift"]),
         "mask_bands": (0, settings["mask_bands"]),
         "mask_frames": (0, settings["mask_frames"]),
@@ -200,8 +207,9 @@ def slow_batch(data, plan, settings):
         points = np.linspace(0, N_MELS - 1, batches.FILTER_POINTS)
         gain = np.interp(range(N_MELS), points, plan.gains[place].numpy())
         sources = [max(0, min(N_MELS - 1, band + shift)) for band in range(N_MELS)]
+        times = [first + round(frame * float(plan.frame_step[place])) for frame in range(crop)]
         rows = [(clip[source] + gain[band] - mean[source]) / deviation[source] for band, source in enumerate(sources)]
-        clips.append(np.stack(rows)[:, first : first + crop])
+        clips.append(np.stack(rows)[:, times])
         labels.append(targets[plan.index[place]])
     inputs, mixed_labels = [], []
     for place, share in enumerate(plan.mixup.tolist()):
