@@ -33,7 +33,7 @@ main() {
   fi
 
   echo "pytest ..."
-  "$python" -sE -m pytest "$@"
+  "$python" -sE -m pytest -n 2 --dist loadfile "$@"
 }
 
 main "$@"

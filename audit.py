@@ -32,7 +32,7 @@ from utils import UserError
 LABEL_SHARE = 0.98  # of a cell's variance that the class explains; 0.39 in 2,148 real clips, 0.92 in the miniature
 SHOWN = 8  # clips of a group, and groups: a data set that is one great copy would fill the screen many times
 REPRODUCED_CLIPS = 32  # clips a fold whose predictions are computed again
-PROBABILITY_TOLERANCE = 1e-3  # between machines, and the six decimals of the file
+PROBABILITY_TOLERANCE = 1e-3  # between machines; older files have six decimals
 
 
 # --- The data ----------------------------------------------------------------------------------------------------

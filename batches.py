@@ -86,6 +86,7 @@ class EpochPlan:
     first_frame: torch.Tensor  # of the crop
     frame_step: torch.Tensor  # frames of the clip per frame of the crop: 1.2 plays it faster by a fifth
     band_shift: torch.Tensor  # mel bands
+    band_step: torch.Tensor  # mel bands of the clip per mel band of the example
     mask_band: torch.Tensor  # first masked mel band
     mask_bands: torch.Tensor  # how many
     mask_frame: torch.Tensor  # first masked frame of the crop
@@ -112,6 +113,7 @@ def plan_epoch(indices, shape, settings, seed_parts, device):
     fastest = 1 + settings["time_stretch"]
     step = (fastest ** rng.uniform(-1, 1, n)).clip(max=(n_frames - 1) / max(crop - 1, 1))  # no further than the clip
     last_start = n_frames - 1 - np.ceil((crop - 1) * step - 1e-6).astype(np.int64)
+    widest = 1 + settings["band_stretch"]
     level = rng.uniform(-settings["gain_db"], settings["gain_db"], (n, 1))
     response = rng.uniform(-settings["filter_db"], settings["filter_db"], (n, FILTER_POINTS))
     plan = EpochPlan(
@@ -119,6 +121,7 @@ def plan_epoch(indices, shape, settings, seed_parts, device):
         first_frame=rng.integers(0, last_start + 1),
         frame_step=step.astype(np.float32),
         band_shift=rng.integers(-settings["band_shift"], settings["band_shift"] + 1, n),
+        band_step=(widest ** rng.uniform(-1, 1, n)).astype(np.float32),
         mask_band=rng.integers(0, np.maximum(n_mels - mask_bands, 0) + 1),
         mask_bands=mask_bands,
         mask_frame=rng.integers(0, np.maximum(crop - mask_frames, 0) + 1),
@@ -144,8 +147,9 @@ def training_batch(features, targets, statistics, plan, settings):
     device = features.device
     bands = torch.arange(n_mels, device=device)  # (n_mels,)
     frames = torch.arange(crop_length(n_frames, settings), device=device)  # (crop,)
-    # Shift, stretch and crop in one read of the features; the edge band fills what a shift leaves empty.
-    source = (bands + plan.band_shift[:, None]).clamp(0, n_mels - 1)  # (B, n_mels)
+    # Shift, stretch and crop in one read of the features; the edge band fills what they leave empty.
+    source = (bands * plan.band_step[:, None]).round().long() + plan.band_shift[:, None]
+    source = source.clamp(0, n_mels - 1)  # (B, n_mels)
     times = plan.first_frame[:, None] + (frames * plan.frame_step[:, None]).round().long()  # (B, crop)
     inputs = features[plan.index[:, None, None], source[:, :, None], times[:, None, :]].float()  # (B, n_mels, crop)
     if settings["gain_db"] or settings["filter_db"]:
@@ -177,6 +181,7 @@ def augmentation_settings():
         "TIME_STRETCH",
         "MIXUP_ALPHA",
         "BAND_SHIFT",
+        "BAND_STRETCH",
         "GAIN_DB",
         "FILTER_DB",
         "MASK_BANDS",

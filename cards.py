@@ -6,6 +6,7 @@ A card has no date, so that the same files give the same card and nothing to sen
 import json
 
 import data_loader
+import report
 import utils
 
 URBANSOUND_CLIPS = 8732
@@ -76,7 +77,7 @@ def dataset_card(folder, repo_id):
     info = utils.load_json(folder / "features.json")
     clips = data_loader.read_clip_table(folder / "clips.csv")
     folds, counts = data_loader.count_clips(clips)
-    miniature = all(clip["fsID"].isdigit() and int(clip["fsID"]) >= MINIATURE_FSID for clip in clips)
+    miniature = is_miniature(clip["slice_file_name"] for clip in clips)
     title = "Synthetic miniature" if miniature else "UrbanSound8K"
     partial = "" if miniature or len(clips) == URBANSOUND_CLIPS else f" of its {URBANSOUND_CLIPS:,}"
     header = [
@@ -104,6 +105,12 @@ def dataset_card(folder, repo_id):
     )
 
 
+def is_miniature(names):
+    """Return whether all these file names, which begin with a Freesound id, are the synthetic miniature's."""
+    first_parts = [name.split("-")[0] for name in names]
+    return all(part.isdigit() and int(part) >= MINIATURE_FSID for part in first_parts)
+
+
 def size_category(n_clips):
     """Return the Hub's name for the order of magnitude of a data set's rows."""
     return "n<1K" if n_clips < 1000 else "1K<n<10K" if n_clips < 10_000 else "10K<n<100K"
@@ -128,3 +135,94 @@ def table(header, rows):
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+# --- Models ------------------------------------------------------------------------------------------------------
+
+MODEL_CARD = """\
+---
+{header}
+---
+
+# {title}
+
+**{summary}**
+
+{coverage}. Protocol: {protocol}.
+
+{classes}
+
+![Confusion matrix](confusion_matrix.png)
+
+`report.md` and `results.json` have the rest: folds, confusions, confidence. The whole is made by `train.py` of the
+project Audio is All You Need.
+
+## How to predict
+
+    python predict.py recording.wav --from_hub {repo_id}
+    python predict.py recording.wav --from_hub {repo_id} --fold_num 3
+    python predict.py recording.wav --model_dir hf://{repo_id}
+
+in a clone of the project. `model_fold_<k>_best.safetensors` has weights, class names, audio settings and normalisation:
+nothing else is needed. Fold k was tested on the data set's fold k + 1 and has not seen it. `checkpoints/` has the
+weights of each epoch.
+
+## Settings
+
+{settings}
+
+## Source, licence and citation
+
+{licence}
+"""
+
+
+def model_card(results, names, repo_id):
+    """Return the card of a model repository: a YAML header, with the `model-index` that the Hub shows, and Markdown.
+
+    results: as results.json has them; names: of some tested clips.
+    """
+    settings = results["run"].get("settings", {})
+    network = settings.get("model", "network")
+    miniature = is_miniature(names)
+    data = "Synthetic miniature of UrbanSound8K" if miniature else "UrbanSound8K"
+    header = {
+        **({} if miniature else {"license": "cc-by-nc-3.0"}),
+        "library_name": "audio_is_all_you_need",
+        "pipeline_tag": "audio-classification",
+        "tags": ["audio", "environmental-sound", "log-mel-spectrogram", "urbansound8k"],
+        "model-index": [{"name": network, "results": [model_index_result(results, data)]}],
+    }
+    return MODEL_CARD.format(
+        header="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()),
+        title=report.titled(f"{network}, trained on {data}", results),
+        summary=report.summary_line(results),
+        coverage=report.coverage(results),
+        protocol=report.PROTOCOLS.get(results["protocol"], "not one of this project"),
+        classes=report.classes_table(results),
+        repo_id=repo_id,
+        settings=table(["setting", "value"], [[f"`{name}`", value] for name, value in settings.items()]),
+        licence=MINIATURE_LICENCE if miniature else URBANSOUND_LICENCE,
+    )
+
+
+def model_index_result(results, data):
+    """Return the scores as the Hub's metadata has them: shares from 0 to 1, and a name that says what they are."""
+    folds = f"{results['folds_present']} folds" if results["folds_present"] > 1 else "one fold"
+    values = {
+        f"Accuracy, mean of {folds}": ("accuracy", results["accuracy_mean"]),
+        f"Accuracy, standard deviation over {folds}": ("accuracy_std", results["accuracy_std"]),
+        "Macro F1, all clips together": ("f1", results["macro_f1"]),
+    }
+    return {
+        "task": {"type": "audio-classification", "name": "Audio classification"},
+        "dataset": {
+            "type": "urbansound8k",
+            "name": report.titled(f"{data}, {report.coverage(results)}, protocol {results['protocol']}", results),
+        },
+        "metrics": [
+            {"type": kind, "value": round(value, 4), "name": report.titled(name, results)}
+            for name, (kind, value) in values.items()
+            if value is not None
+        ],
+    }

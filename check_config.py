@@ -41,6 +41,10 @@ def of_kind(kind, wanted):
 
 ABOVE_ZERO = 1e-12
 TEXT = of_kind(str, "text in quotes")
+REPOSITORY = (
+    lambda value: isinstance(value, str) and re.fullmatch(r"([\w.-]+/[\w.-]+)?", value),
+    '"owner/name", or "" for off',
+)
 RULES = {
     "ASSETS_BASE_DIR": of_kind((str, Path), "a path"),
     "DATASET_DIR": of_kind((str, Path), "a path"),
@@ -72,6 +76,7 @@ RULES = {
     "TIME_STRETCH": between(0, 10),
     "MIXUP_ALPHA": between(0, math.inf),
     "BAND_SHIFT": whole(0),
+    "BAND_STRETCH": between(0, 10),
     "GAIN_DB": between(0, math.inf),
     "FILTER_DB": between(0, math.inf),
     "MASK_BANDS": whole(0),
@@ -81,10 +86,9 @@ RULES = {
     "PRECISION": one_of("auto", "bfloat16", "float32"),
     "KEEP_EPOCHS": (lambda value: value is None or (is_whole(value) and value >= 1), "None, or at least 1"),
     "WORKERS": whole(1),
-    "HF_REPO_ID": (
-        lambda value: isinstance(value, str) and re.fullmatch(r"([\w.-]+/[\w.-]+)?", value),
-        '"owner/name", or "" for off',
-    ),
+    "HF_REPO_ID": REPOSITORY,
+    "HF_MODEL_REPO_ID": REPOSITORY,
+    "HF_COMMIT_MINUTES": between(0.5, math.inf),
     "HF_PRIVATE": one_of(True, False),
     "WANDB_PROJECT": (
         lambda value: isinstance(value, str) and re.fullmatch(r"[^/\\#?%:\s]{0,128}", value),

@@ -123,7 +123,8 @@ def check_disk_space(folder, n_folds, epochs, n_parameters):
     weights = 4 * n_parameters  # bytes
     kept = epochs if config.KEEP_EPOCHS is None else config.KEEP_EPOCHS + 1  # one more before the oldest goes
     # A .pt holds weights, best weights and two moments of AdamW, a .safetensors weights; a fold has two more of these.
-    needed = n_folds * weights * (5 * kept + 2)
+    waiting = epochs if config.HF_MODEL_REPO_ID else 0  # in the outbox, if the Hub can't be reached
+    needed = n_folds * weights * (5 * kept + 2 + waiting)
     utils.need_space(
         folder,
         needed,
@@ -235,6 +236,9 @@ class Run:
         info = {name: settings[name] for name in ("validation", "model", "seed", "epochs")}
         info["n_folds"] = len(set(data.folds.tolist()))
         info["best_epochs"] = {number: fold["best_epoch"] for number, fold in self.state["folds"].items()}
+        info["temperatures"] = {
+            number: fold["temperature"] for number, fold in self.state["folds"].items() if "temperature" in fold
+        }
         info["source"] = data.info["source"]
         utils.save_json(self.paths.results / "run.json", {**info, "settings": settings})
 

@@ -47,6 +47,7 @@ CROP_FRAMES = 96  # frames of a random crop (of 173): halves the cost of a step;
 TIME_STRETCH = 0.2  # a crop plays faster or slower by up to this share: nearest frames, so that it costs nothing
 MIXUP_ALPHA = 0.3  # Beta(a, a) of mixup (Zhang et al. 2018, arXiv:1710.09412)
 BAND_SHIFT = 5  # mel bands; random shift up or down by at most this many
+BAND_STRETCH = 0.1  # random stretch of the mel axis by up to this share
 GAIN_DB = 6.0  # dB; random level up or down by at most this
 FILTER_DB = (
     6.0  # dB; random frequency response within this, as of another microphone (Nam et al. 2022, arXiv:2110.03282)
@@ -69,6 +70,8 @@ WORKERS = os.cpu_count() or 1  # preprocessing processes
 
 # --- Hugging Face Hub: optional; empty means off -----------------------------------------------------------------
 HF_REPO_ID = os.environ.get("HF_REPO_ID", "")  # "owner/name" of a data set repository for the processed files
+HF_MODEL_REPO_ID = os.environ.get("HF_MODEL_REPO_ID", "")  # "owner/name" of a model repository for what training makes
+HF_COMMIT_MINUTES = 5  # min between two commits during a fold; the Hub refuses more than about 128 an hour
 HF_PRIVATE = True  # a repository that has to be created is private
 
 # --- Weights & Biases: optional; empty means off -----------------------------------------------------------------

@@ -6,8 +6,8 @@
     python evaluate.py --compare DIR_A DIR_B --output comparison.md
 
 Reads predictions_fold_<k>.csv, and where they are there history_fold_<k>.csv and run.json of train.py, and clips.csv
-of preprocess_data.py. Writes results.json, report.md, confusion_matrix.png, per_class.png and curves.png beside them.
-Prints a table of the folds, and the accuracy with its spread.
+of preprocess_data.py. Writes results.json, report.md, confusion_matrix.png, per_class.png, reliability.png and
+curves.png beside them. Prints a table of the folds, and the accuracy with its spread.
 """
 
 import csv
@@ -26,7 +26,8 @@ from utils import UserError
 
 PREDICTIONS = re.compile(r"predictions_fold_(0|[1-9]\d*)\.csv")
 SUM_TOLERANCE = 1e-3  # the probabilities of a clip must sum to 1 within this
-RUN_KINDS = {"validation": str, "best_epochs": dict, "n_folds": int}  # what run.json must be, where it has them
+# What run.json must be, where it has them.
+RUN_KINDS = {"validation": str, "best_epochs": dict, "n_folds": int, "temperatures": dict}
 HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
 
 # --- Reading -----------------------------------------------------------------------------------------------------
@@ -157,6 +158,9 @@ def read_run(results_dir):
     run = utils.load_json(path) if path.is_file() else {}
     if not isinstance(run, dict) or any(not isinstance(run.get(key, kind()), kind) for key, kind in RUN_KINDS.items()):
         raise UserError(f"{path} does not describe a run: run python train.py again, or remove it")
+    for fold, value in run.get("temperatures", {}).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e3:
+            raise UserError(f"{path}: the temperature of fold {fold} is {str(value)[:80]!r}: run python train.py again")
     return run
 
 
@@ -190,11 +194,13 @@ def draw_pictures(folder, results, histories):
     """Draw the pictures into a folder and return their names; the curves only if there are histories."""
     plots.draw_confusion_matrix(folder / "confusion_matrix.png", results, report.titled("Confusion matrix", results))
     plots.draw_classes(folder / "per_class.png", results, report.titled("F1 and recall of each class", results))
+    plots.draw_reliability(folder / "reliability.png", results, report.titled("Confidence", results))
+    names = ["confusion_matrix.png", "per_class.png", "reliability.png"]
     if not histories:
         (folder / "curves.png").unlink(missing_ok=True)  # of an earlier run
-        return ["confusion_matrix.png", "per_class.png"]
+        return names
     plots.draw_curves(folder / "curves.png", histories, results, report.titled("Training", results))
-    return ["confusion_matrix.png", "per_class.png", "curves.png"]
+    return [*names, "curves.png"]
 
 
 # --- Two runs side by side -----------------------------------------------------------------------------------------

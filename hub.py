@@ -1,9 +1,10 @@
 """The Hugging Face Hub: the only file that knows it. Off until config.py or the environment names a repository.
 
-    python hub.py push        # send the processed files to HF_REPO_ID, where an upload has failed or was never made
+    python hub.py push        # send what HF_REPO_ID and HF_MODEL_REPO_ID lack, after a failed upload or a crash
 
-Stage 2 uploads the processed files by itself, and stage 3 fetches them where they are missing. Prints one line: the
-address, or what failed, why, and the remedy. What the repository holds already is not sent again.
+Stage 2 uploads the processed files to HF_REPO_ID by itself, and stage 3 fetches them where they are missing; stage 3
+uploads models to HF_MODEL_REPO_ID (publisher.py), and stage 4 fetches them. Prints one line: the address, or what
+failed, why, and the remedy. What a repository holds already is not sent again.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import cards
 import config
@@ -97,7 +99,23 @@ def failures(what, otherwise=""):
     except UserError as error:  # has its remedy
         raise UserError(f"{what}: {error}") from error
     except Exception as error:  # of the client library, its HTTP and Xet libraries, or the disk
-        raise UserError(f"{what}: {explain(error)}{otherwise}") from error
+        failure = UserError(f"{what}: {explain(error)}{otherwise}")
+        failure.is_lasting = is_lasting(error)
+        raise failure from error
+
+
+def is_lasting(error):
+    """Return whether a failure stays until a person does something: an answer by which the Hub refuses, or none."""
+    from huggingface_hub import errors
+
+    while error:
+        if isinstance(error, (errors.OfflineModeIsEnabled, errors.HFValidationError)):
+            return True
+        if isinstance(error, errors.HfHubHTTPError):
+            status = error.response.status_code
+            return status == 507 or (400 <= status < 500 and status not in (408, 409, 412, 429))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def explain(error):
@@ -141,7 +159,9 @@ def _explain_status(status, said, seconds=0):
     elif status == 403:
         reason = "the token has no right to it; take one that may write, or a repository of your own as HF_REPO_ID"
     elif status == 404:
-        reason = "there is no such repository that your token may see; check HF_REPO_ID in config.py"
+        reason = (
+            "there is no such repository that your token may see; check HF_REPO_ID and HF_MODEL_REPO_ID in config.py"
+        )
     elif status == 429:
         reason = f"too many requests; try again {f'in {seconds} s' if seconds else 'later'}"
     elif status >= 500:
@@ -248,21 +268,75 @@ def _amount(total):
     return f"{len(PROCESSED_FILES)} files, {total / 1e6:,.1f} MB"
 
 
+# --- Models ------------------------------------------------------------------------------------------------------
+
+
+def _model_file(fold):
+    return f"model_fold_{fold}_best.safetensors"  # as model.model_path has it, without the import of torch
+
+
+def commit_files(repo_id, files, message, private=config.HF_PRIVATE):
+    """Send files to a model repository, which is made if needed, in one commit. UserError if it fails.
+
+    files: {name in the repository: path}. What the repository has already is not sent again, and if that is all, there
+    is no commit.
+    """
+    with failures(f"the model repository {repo_id} on the Hub is not updated"):
+        api = connect()
+        from huggingface_hub import CommitOperationAdd
+
+        api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        api.create_commit(repo_id, operations, repo_type="model", commit_message=message)
+
+
+def fetch_model(repo_id, fold):
+    """Return the path of a fold's model file in the Hub's cache, downloaded if it is not there.
+
+    UserError names the repository, the reason and the remedy, or the folds that it has.
+    """
+    name = _model_file(fold)
+    with failures(f"can't fetch {name} from {repo_id} on the Hub"):
+        api = connect()
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        try:
+            return Path(api.hf_hub_download(repo_id, name))
+        except RemoteEntryNotFoundError:
+            there = [number for number in range(10) if _model_file(number) in api.list_repo_files(repo_id)]
+        raise UserError(f"it has the folds {there}; choose one with --fold_num" if there else "it holds no model")
+
+
 # --- By hand -----------------------------------------------------------------------------------------------------
 
 
 def parse_args():
     parser = utils.make_parser(__doc__)
-    parser.add_argument("command", choices=["push"], help="send what the repository lacks")
+    parser.add_argument("command", choices=["push"], help="send what the repositories lack")
     parser.add_argument("--processed_dir", metavar="DIR", help="processed files (default: data/ in the assets)")
+    parser.add_argument("--checkpoint_dir", metavar="DIR", help="default: checkpoints/ in the assets")
+    parser.add_argument("--model_dir", metavar="DIR", help="default: models/ in the assets")
+    parser.add_argument("--results_dir", metavar="DIR", help="default: results/ in the assets")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if not config.HF_REPO_ID:
-        raise UserError('HF_REPO_ID is empty; set it in config.py or the environment to "owner/name"')
-    push_processed(utils.folder(args.processed_dir, args.assets_dir, config.PROCESSED_DIR), config.HF_REPO_ID)
+    if not config.HF_REPO_ID and not config.HF_MODEL_REPO_ID:
+        raise UserError(
+            'HF_REPO_ID and HF_MODEL_REPO_ID are empty; set one, in config.py or the environment, to "owner/name"'
+        )
+    if config.HF_REPO_ID:
+        push_processed(utils.folder(args.processed_dir, args.assets_dir, config.PROCESSED_DIR), config.HF_REPO_ID)
+    if config.HF_MODEL_REPO_ID:
+        import publisher
+
+        paths = SimpleNamespace(
+            checkpoints=utils.folder(args.checkpoint_dir, args.assets_dir, config.CHECKPOINT_DIR),
+            models=utils.folder(args.model_dir, args.assets_dir, config.MODEL_DIR),
+            results=utils.folder(args.results_dir, args.assets_dir, config.RESULTS_DIR),
+        )
+        publisher.push(paths, config.HF_MODEL_REPO_ID)
 
 
 if __name__ == "__main__":

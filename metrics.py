@@ -11,6 +11,8 @@ import numpy as np
 
 CONFUSIONS_LISTED = 10
 EXAMPLES_LISTED = 5  # clips named for each confusion
+CONFIDENCE_BINS = 15  # of equal width, as in Guo et al. 2017
+SHARES_ANSWERED = [share / 100 for share in range(100, 0, -5)]
 OPTIMISTIC = "optimistic: epoch chosen on the test fold"
 
 
@@ -100,6 +102,61 @@ def paired_test(right_a, right_b):
     }
 
 
+# --- Confidence ----------------------------------------------------------------------------------------------------
+
+
+def with_temperature(probabilities, temperature):
+    """Return softmax(log(p) / T) of probabilities (clips, classes), which is p^(1/T) made to sum to 1."""
+    powers = (probabilities / probabilities.max(axis=1, keepdims=True)) ** (1 / temperature)
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def reliability(confidence, correct):
+    """Return {"ece", "bins"}: how far confidence is from the share of right answers.
+
+    confidence: (clips,) probability of the predicted class; correct: (clips,) bools. With the clips in bins of equal
+    width of confidence, the expected calibration error (Naeini et al. 2015, "Obtaining Well Calibrated Probabilities
+    Using Bayesian Binning"; 15 bins as Guo et al. 2017, arXiv:1706.04599) is
+        ECE = sum over bins of clips in bin / clips * |accuracy of bin - mean confidence of bin|
+    """
+    place = np.clip(np.ceil(confidence * CONFIDENCE_BINS).astype(int) - 1, 0, CONFIDENCE_BINS - 1)  # (clips,)
+    bins = []
+    for number in range(CONFIDENCE_BINS):
+        here = place == number
+        bins.append(
+            {
+                "from": number / CONFIDENCE_BINS,
+                "to": (number + 1) / CONFIDENCE_BINS,
+                "clips": int(here.sum()),
+                "confidence": mean_or_none(confidence[here]),
+                "accuracy": mean_or_none(correct[here]),
+            }
+        )
+    gaps = [row["clips"] * abs(row["accuracy"] - row["confidence"]) for row in bins if row["clips"]]
+    return {"ece": float(sum(gaps) / len(correct)), "bins": bins}
+
+
+def selective_accuracy(confidence, correct):
+    """Return the accuracy over the surest clips for each of SHARES_ANSWERED: what leaving out the unsure is worth.
+
+    confidence: (clips,); correct: (clips,) bools. Selective classification: Geifman and El-Yaniv 2017,
+    arXiv:1705.08500.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    rows = []
+    for share in SHARES_ANSWERED:
+        answered = order[: max(round(share * len(order)), 1)]
+        rows.append(
+            {
+                "share": share,
+                "clips": len(answered),
+                "accuracy": float(correct[answered].mean()),
+                "least_confidence": float(confidence[answered[-1]]),
+            }
+        )
+    return rows
+
+
 # --- From predictions to results -----------------------------------------------------------------------------------
 
 
@@ -148,6 +205,7 @@ def summarise(predictions, run):
         "per_fold": per_fold,
         "per_class": summarise_classes(names, total),
         "agreement": summarise_agreement(names, confusions),
+        "confidence": summarise_confidence(predictions, run.get("temperatures", {})),
         "class_names": names,
         "confusion_matrix": total.tolist(),
         "worst_confusions": worst_confusions(predictions, total),
@@ -190,6 +248,32 @@ def summarise_agreement(names, confusions):
         "mean_recall_std": float(np.mean(list(spreads.values()))) if spreads else None,
         "per_class": classes,
     }
+
+
+def summarise_confidence(predictions, temperatures):
+    """Return what the confidence is worth before and after the folds' temperatures, {"per_fold", "before", "after"}.
+
+    temperatures: {str(fold): temperature}. "after" is None unless every fold has one: the two are of the same clips.
+    """
+    correct = predictions.true == predictions.predicted  # a temperature moves no clip to another class
+    before = predictions.probabilities.max(axis=1)  # (clips,)
+    after = before.copy()
+    per_fold = []
+    for fold in sorted(set(predictions.folds.tolist())):
+        here, temperature = predictions.folds == fold, temperatures.get(str(fold))
+        row = {"fold": fold, "temperature": temperature, "ece_after": None}
+        row["ece_before"] = reliability(before[here], correct[here])["ece"]
+        if temperature is not None:
+            after[here] = with_temperature(predictions.probabilities[here], temperature).max(axis=1)
+            row["ece_after"] = reliability(after[here], correct[here])["ece"]
+        per_fold.append(row)
+    parts = {
+        name: {**reliability(confidence, correct), "answered": selective_accuracy(confidence, correct)}
+        for name, confidence in (("before", before), ("after", after))
+    }
+    if any(row["temperature"] is None for row in per_fold):
+        parts["after"] = None
+    return {"per_fold": per_fold, **parts}
 
 
 def worst_confusions(predictions, confusion):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import calibration
 import config
 import utils
 from audio_settings import AudioSettings
@@ -212,6 +213,8 @@ def check_info(path, info):
             isinstance(value, (int, float)) and least <= value <= LARGEST_STATISTIC for value in row
         ):
             raise UserError(f"{path}: {key} is not one finite number for each of {audio.n_mels} mel bands")
+    if fault := calibration.fault(info):
+        raise UserError(f"{path}: {fault}")
     return audio
 
 

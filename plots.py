@@ -1,4 +1,4 @@
-"""The pictures of the report: confusion matrix, scores of the classes, training curves. evaluate.py draws them.
+"""The pictures of the report: confusion matrix, scores of classes, confidence, curves. evaluate.py draws them.
 
 Made to be read at half their size, and by the colour-blind: blue and orange of Okabe and Ito's palette, and a solid
 against a dashed line wherever two things are compared. Each function takes the finished title. Only they import
@@ -89,6 +89,61 @@ def draw_classes(path, results, title):
     axes.set_axisbelow(True)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=14, frameon=False)
     save(figure, path)
+
+
+def draw_reliability(path, results, title):
+    """Draw accuracy against confidence, before and (if there is one) after the temperature, and what is answered.
+
+    Below each of the first two, how many of the clips have that confidence.
+    """
+    parts = {name: results["confidence"][name] for name in ("before", "after") if results["confidence"][name]}
+    columns = len(parts) + 1
+    figure = new_figure(1 + 5 * columns, 7, title)
+    grid = figure.add_gridspec(2, columns, height_ratios=(3, 1))
+    for column, (name, values) in enumerate(parts.items()):
+        upper, lower = (figure.add_subplot(grid[row, column]) for row in (0, 1))
+        draw_bins(upper, lower, values["bins"])
+        upper.set_title(f"{name} temperature: ECE {100 * values['ece']:.1f} %", fontsize=15)
+        if column == 0:
+            upper.set_ylabel("accuracy, %", fontsize=15)
+            lower.set_ylabel("% of clips", fontsize=15)
+            upper.legend(loc="upper left", fontsize=13, frameon=False)
+    draw_answered(figure.add_subplot(grid[:, -1]), parts)
+    save(figure, path)
+
+
+def draw_bins(upper, lower, bins):
+    """Draw the bins of a reliability diagram: accuracy above, share of clips below."""
+    middles = [50 * (row["from"] + row["to"]) for row in bins]
+    width = 100 / len(bins)
+    upper.bar(middles, [100 * (row["accuracy"] or 0) for row in bins], 0.9 * width, color=BLUE, label="accuracy")
+    upper.plot([0, 100], [0, 100], color="black", linestyle="--", linewidth=2, label="as it should be")
+    total = sum(row["clips"] for row in bins)
+    lower.bar(middles, [100 * row["clips"] / total for row in bins], 0.9 * width, color=GREY)
+    lower.set_xlabel("confidence, %", fontsize=15)
+    upper.set_ylim(0, 100)
+    for axes in (upper, lower):
+        axes.set_xlim(0, 100)
+        axes.tick_params(labelsize=13)
+        axes.grid(axis="y", color="#DDDDDD")
+        axes.set_axisbelow(True)
+
+
+def draw_answered(axes, parts):
+    """Draw accuracy against the share of clips answered; parts: {"before" and perhaps "after": its values}."""
+    styles = {"before": {"color": ORANGE, "linestyle": "--"}, "after": {"color": BLUE}}
+    for name, values in parts.items():
+        shares = [100 * row["share"] for row in values["answered"]]
+        accuracies = [100 * row["accuracy"] for row in values["answered"]]
+        axes.plot(shares, accuracies, linewidth=2.5, label=f"{name} temperature", **styles[name])
+    axes.set_title("the least sure left out", fontsize=15)
+    axes.set_xlabel("% of clips answered", fontsize=15)
+    axes.set_ylabel("accuracy of the answers, %", fontsize=15)
+    axes.set_xlim(100, 0)
+    axes.set_ylim(0, 102)
+    axes.tick_params(labelsize=13)
+    axes.grid(color="#DDDDDD")
+    axes.legend(loc="lower right", fontsize=13, frameon=False)
 
 
 def draw_curves(path, histories, results, title):

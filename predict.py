@@ -3,6 +3,7 @@
     python predict.py recording.wav                        # the model of fold 0
     python predict.py recording.mp3 --fold_num 3
     python predict.py recording.wav --model_dir ~/models   # a folder of model files, or one model file
+    python predict.py recording.wav --model_dir hf://owner/name   # from the Hugging Face Hub
 
 Prints the class, its confidence and the whole distribution as bars, the most likely class first. Any format, rate,
 channel count and length that soundfile or librosa can decode; longer recordings are cut into clips of 4 s and the mean
@@ -32,7 +33,10 @@ def parse_args():
     parser = utils.make_parser(__doc__)
     parser.add_argument("audio_file", type=Path, help="the recording")
     parser.add_argument("--fold_num", type=int, default=0, help="0-indexed fold whose model predicts (default: 0)")
-    parser.add_argument("--model_dir", metavar="DIR", help="folder of model files, or one file (default: models/)")
+    parser.add_argument(
+        "--model_dir", metavar="DIR", help="folder of model files, one file, or hf://owner/name (default: models/)"
+    )
+    parser.add_argument("--from_hub", metavar="OWNER/NAME", help="the same as --model_dir hf://OWNER/NAME")
     parser.add_argument("--processed_dir", metavar="DIR", help="check the model's class names against this data set's")
     return parser.parse_args()
 
@@ -47,6 +51,16 @@ def find_model(model_dir, fold):
         remedy = f"--fold_num is one of {', '.join(there)}" if there else "run python train.py, or name its --model_dir"
         raise UserError(f"no model of fold {fold} in {model_dir}: {remedy}")
     return path
+
+
+def chosen_model(args):
+    """Return the model file that the command line asks for: from the Hub, or from a folder."""
+    repo_id = args.from_hub or (args.model_dir or "").partition("hf://")[2]
+    if not repo_id:
+        return find_model(utils.folder(args.model_dir, args.assets_dir, config.MODEL_DIR), args.fold_num)
+    import hub
+
+    return hub.fetch_model(repo_id, args.fold_num)
 
 
 def check_class_names(processed_dir, info):
@@ -101,7 +115,7 @@ def print_distribution(class_names, probabilities):
 
 def main():
     args = parse_args()
-    model_path = find_model(utils.folder(args.model_dir, args.assets_dir, config.MODEL_DIR), args.fold_num)
+    model_path = chosen_model(args)
     network, info = load_model(model_path)
     if args.processed_dir:
         check_class_names(args.processed_dir, info)

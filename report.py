@@ -11,6 +11,7 @@ PROTOCOLS = {
     "test_fold": "the test fold itself chose the epoch, so these numbers are higher than the truth",
     None: "no run.json says how the epochs were chosen, so nobody can tell whether these numbers are honest",
 }
+SHARES_LISTED = (1, 0.9, 0.8, 0.7, 0.5)  # of the clips answered
 
 
 def titled(title, results):
@@ -90,6 +91,13 @@ def report_text(results):
         ],
         "Agreement of folds": [agreement_text(results), agreement_table(results)],
     }
+    sections["Confidence"] = [
+        confidence_text(results),
+        confidence_table(results),
+        answered_text(results),
+        answered_table(results),
+        "![Accuracy against confidence, and against the share of clips answered](reliability.png)",
+    ]
     if "curves.png" in results["files"]:
         sections["Training"] = ["![Accuracy and loss of every epoch](curves.png)"]
     if results["run"]:
@@ -156,9 +164,54 @@ def agreement_table(results):
     return table(["recall, %", *(f"fold {row['fold']}" for row in results["per_fold"]), "std"], rows)
 
 
+def confidence_text(results):
+    """Return in words what the temperature has done to the calibration error."""
+    before, after = results["confidence"]["before"], results["confidence"]["after"]
+    text = (
+        f"Expected calibration error (ECE, 15 bins; 0 % if of the clips with confidence 80 %, 80 % are right): "
+        f"{percent(before['ece'])} as the network gives it"
+    )
+    if after is None:
+        return (
+            f"{text}. Not every fold here has a temperature, which needs validation clips that did not test: the "
+            "confidence stays as it is."
+        )
+    return (
+        f"{text}, {percent(after['ece'])} with each fold's temperature, fitted on its validation clips and never on "
+        "those below. A temperature above 1 makes the network less sure, below 1 surer; it changes no decision."
+    )
+
+
+def confidence_table(results):
+    rows = [
+        [
+            row["fold"],
+            None if row["temperature"] is None else f"{row['temperature']:.2f}",
+            *(percent(row[name]) for name in ("ece_before", "ece_after")),
+        ]
+        for row in results["confidence"]["per_fold"]
+    ]
+    return table(["fold", "temperature", "ECE before", "ECE after"], rows)
+
+
+def answered_text(results):
+    which = "before" if results["confidence"]["after"] is None else "after"
+    return f"Accuracy where the least sure clips get no answer, by the confidence {which} the temperature:"
+
+
+def answered_table(results):
+    answered = (results["confidence"]["after"] or results["confidence"]["before"])["answered"]
+    rows = [
+        [percent(row["share"]), row["clips"], percent(row["least_confidence"]), percent(row["accuracy"])]
+        for row in answered
+        if row["share"] in SHARES_LISTED
+    ]
+    return table(["answered", "clips", "confidence from", "accuracy"], rows)
+
+
 def run_table(run):
     settings = run.get("settings") if isinstance(run.get("settings"), dict) else {}
-    described = {name: value for name, value in run.items() if name not in ("settings", "best_epochs")}
+    described = {name: value for name, value in run.items() if name not in ("settings", "best_epochs", "temperatures")}
     return table(["setting", "value"], {**described, **settings}.items(), left=(0, 1))
 
 

@@ -32,11 +32,15 @@ from tqdm import tqdm
 
 import audit
 import batches
+import calibration
+import check_config
 import checkpoint
 import config
 import data_loader
 import evaluate
 import hub
+import publisher
+import tracking
 import utils
 from model import build_model, check_state, count_parameters, model_path, save_model
 from utils import UserError
@@ -70,6 +74,8 @@ def parse_args():
         help=f"which clips choose the epoch that is tested; default: {config.VALIDATION} (see config.py)",
     )
     add("--seed", type=int, default=config.SEED, help=f"default: {config.SEED}")
+    for name, value in batches.augmentation_settings().items():
+        add(f"--{name}", type=check_config.number_for(name.upper()), default=value, help=f"default: {value}")
     add("--device", default=config.DEVICE, help=f"auto, cpu, cuda, cuda:1, mps; default: {config.DEVICE}")
     add("--fresh", action="store_true", help="remove what an earlier run left for these folds and start again")
     return parser.parse_args()
@@ -87,7 +93,7 @@ def training_settings(args, data):
         "label_smoothing": config.LABEL_SMOOTHING,
         "block_dropout": config.BLOCK_DROPOUT,
         "head_dropout": config.HEAD_DROPOUT,
-        **batches.augmentation_settings(),
+        **{name: getattr(args, name) for name in batches.augmentation_settings()},
         "validation": args.validation,
         "seed": args.seed,
         "precision": config.PRECISION,
@@ -122,6 +128,20 @@ def learning_rate_at(step, total_steps, settings):
     return high + (low - high) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def train_step(network, optimizer, inputs, wanted, label_smoothing, precision=config.PRECISION):
+    """Adjust the weights to one batch and return its (mean loss, logits), without waiting for the device.
+
+    inputs: (B, 1, n_mels, frames) float32; wanted: (B, classes) soft targets.
+    """
+    with utils.autocast(inputs.device, precision):
+        logits = network(inputs.contiguous(memory_format=torch.channels_last))  # (B, classes)
+    loss = cross_entropy(logits.float(), wanted, label_smoothing=label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), logits.detach()
+
+
 def train_epoch(fold, epoch, settings):
     """Train one epoch and return (loss, accuracy), means over its examples. UserError if a loss is not finite.
 
@@ -141,14 +161,9 @@ def train_epoch(fold, epoch, settings):
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]
         inputs, wanted = batches.training_batch(features, targets, statistics, plan[batch], settings)
-        with utils.autocast(device):
-            logits = network(inputs.contiguous(memory_format=torch.channels_last))
-        loss = cross_entropy(logits.float(), wanted, label_smoothing=settings["label_smoothing"])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach() * len(inputs))
-        correct.append((logits.detach().argmax(1) == wanted.argmax(1)).sum())
+        loss, logits = train_step(network, optimizer, inputs, wanted, settings["label_smoothing"])
+        losses.append(loss * len(inputs))
+        correct.append((logits.argmax(1) == wanted.argmax(1)).sum())
     losses = torch.stack(losses).tolist()  # the epoch's one wait for the device
     for number, (loss, rate) in enumerate(zip(losses, rates, strict=True)):
         if not math.isfinite(loss):
@@ -257,7 +272,7 @@ def resume(fold, settings, run):
         print(f"fold {fold.number}: going on after epoch {fold.newest['epoch']} of {settings['epochs']}")
 
 
-def train_fold(fold, settings, run):
+def train_fold(fold, settings, run, tracker, models):
     """Train the epochs that the fold still lacks, with a checkpoint, a JSON record and a line after each."""
     for epoch in range(fold.newest["epoch"] + 1 if fold.newest else 1, settings["epochs"] + 1):
         start = time.perf_counter()
@@ -275,6 +290,8 @@ def train_fold(fold, settings, run):
         fold.newest = next_checkpoint(fold, row, settings, run.state["run_id"])
         checkpoint.save_checkpoint(fold.folder, fold.newest, fold.info)
         run.record(fold)
+        tracker.log_epoch(row)
+        models.add_epoch(fold)
         run.epoch_seconds = time.perf_counter() - start
         print(epoch_line(fold, row, settings, examples_per_second, run.seconds_left(fold)))
 
@@ -311,9 +328,22 @@ def epoch_line(fold, row, settings, examples_per_second, seconds_left):
     )
 
 
+def fit_confidence(fold):
+    """Return the temperature and the threshold (calibration.py) of the fold's weights, from validation clips alone.
+
+    {} if the protocol has none, or has the test clips in their place.
+    """
+    if fold.info["settings"]["validation"] != "next_fold":
+        return {}
+    logits = predict_logits(fold, fold.validation, "float32")
+    targets = fold.tensors[1][torch.from_numpy(fold.validation).to(logits.device)]
+    return calibration.fit(logits, targets.argmax(1))
+
+
 def test_fold(fold, data, paths, run):
     """Test the fold once, with its chosen weights: write the model file and the predictions, and record the score."""
     fold.network.load_state_dict(checkpoint.best_weights(fold.newest))
+    confidence = fit_confidence(fold)  # before the test clips are read
     probabilities = predict_logits(fold, fold.test, "float32").softmax(dim=1).cpu().numpy()  # (clips, classes)
     labels = data.labels[fold.test]
     accuracy = float((np.array(fold.info["class_ids"])[probabilities.argmax(1)] == labels).mean())
@@ -322,10 +352,10 @@ def test_fold(fold, data, paths, run):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["slice_file_name", "classID", *fold.info["class_names"]])
         for clip, label, row in zip(fold.test, labels, probabilities, strict=True):
-            writer.writerow([data.clips[clip]["slice_file_name"], label, *(f"{value:.6f}" for value in row)])
+            writer.writerow([data.clips[clip]["slice_file_name"], label, *(f"{value:.9g}" for value in row)])
     weights = fold.network.state_dict()
-    save_model(model_path(paths.models, fold.number), weights, {**fold.info, "scores": scores})
-    run.record(fold, done=True, **scores)
+    save_model(model_path(paths.models, fold.number), weights, {**fold.info, **confidence, "scores": scores})
+    run.record(fold, done=True, **scores, **confidence)
     print(
         f"fold {fold.number}: tested on {len(labels)} clips with epoch {scores['best_epoch']}: accuracy {accuracy:.4f}"
     )
@@ -350,13 +380,15 @@ def main():
     if absent := [fold for fold in folds if fold not in present]:
         raise UserError(f"--folds {absent} have no clips in {paths.processed}; the folds present are {present}")
     settings = training_settings(args, data)
-    with utils.only_one(paths.checkpoints, "train.py"):
+    with utils.only_one(paths.checkpoints, "train.py"), tracking.Tracker(args.assets_dir) as tracker:
         if args.fresh:
             checkpoint.remove_folds(paths, folds, settings)
-        train_folds(folds, data, settings, paths, device)
+            publisher.forget(paths.checkpoints, folds)
+        with publisher.Publisher(paths) as models:
+            train_folds(folds, data, settings, paths, device, tracker, models)
 
 
-def train_folds(folds, data, settings, paths, device):
+def train_folds(folds, data, settings, paths, device, tracker, models):
     """Train and test the folds that are not done yet, then write the report over all that are."""
     run = checkpoint.Run(paths, settings, folds)
     n_parameters = count_parameters(build_model(settings["model"], len(data.class_names), data.features.shape[1]))
@@ -372,13 +404,19 @@ def train_folds(folds, data, settings, paths, device):
         for number in folds:
             if run.is_done(number):
                 print(f"fold {number}: done already")
+                models.add_best(number)
                 continue
             fold = make_fold(number, data, features, settings, paths.checkpoints)
             resume(fold, settings, run)
-            train_fold(fold, settings, run)
+            tracker.start_fold(fold, run)
+            train_fold(fold, settings, run, tracker, models)
             test_fold(fold, data, paths, run)
+            models.add_best(number)
+            tracker.end_fold(fold, run, data, paths)
             run.write_info(data)
-        evaluate.write_report(paths.results, paths.processed)
+        results = evaluate.write_report(paths.results, paths.processed)
+        tracker.log_summary(run, results, paths.results)
+        models.add_results()
         audit.report(paths, data)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Stopped. The same command goes on after the last completed epoch.") from None

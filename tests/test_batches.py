@@ -13,6 +13,7 @@ ALL = {
     "time_stretch": 0.5,
     "mixup_alpha": 0.3,
     "band_shift": 3,
+    "band_stretch": 0.4,
     "gain_db": 4.0,
     "filter_db": 5.0,
     "mask_bands": 4,
@@ -142,6 +143,8 @@ def test_plan_follows_from_seed_fold_and_epoch_alone(other):
         {"crop_frames": 1},
         {"band_shift": 0},
         {"band_shift": 100},
+        {"band_stretch": 0},
+        {"band_stretch": 9},
         {"mask_bands": 0},
         {"mask_bands": 100},
         {"mask_frames": 0},
@@ -166,6 +169,8 @@ def test_every_draw_is_in_range_and_the_ends_are_reached(changes, data):
     assert (plan.first_frame.min(), last.max()) == (0, N_FRAMES - 1)
     assert 1 / (1 + settings["time_stretch"]) - 1e-6 <= plan.frame_step.min() <= plan.frame_step.max()
     assert plan.frame_step.max().item() == pytest.approx(longest_step, rel=2e-3)
+    widest = 1 + settings["band_stretch"]
+    assert 1 / widest - 1e-6 <= plan.band_step.min() <= plan.band_step.max() <= widest + 1e-6
     ends = {
         "band_shift": (-settings["band_shift"], settings["band_shift"]),
         "mask_bands": (0, settings["mask_bands"]),
@@ -206,7 +211,8 @@ def slow_batch(data, plan, settings):
         shift, first = int(plan.band_shift[place]), int(plan.first_frame[place])
         points = np.linspace(0, N_MELS - 1, batches.FILTER_POINTS)
         gain = np.interp(range(N_MELS), points, plan.gains[place].numpy())
-        sources = [max(0, min(N_MELS - 1, band + shift)) for band in range(N_MELS)]
+        step = float(plan.band_step[place])
+        sources = [max(0, min(N_MELS - 1, round(band * step) + shift)) for band in range(N_MELS)]
         times = [first + round(frame * float(plan.frame_step[place])) for frame in range(crop)]
         rows = [(clip[source] + gain[band] - mean[source]) / deviation[source] for band, source in enumerate(sources)]
         clips.append(np.stack(rows)[:, times])

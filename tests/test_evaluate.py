@@ -17,7 +17,7 @@ from utils import UserError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluate.py"
 CLASSES = ["siren", "dog_bark", "drilling"]
-PICTURES = ["confusion_matrix.png", "per_class.png", "curves.png"]
+PICTURES = ["confusion_matrix.png", "per_class.png", "reliability.png", "curves.png"]
 LABEL = "optimistic: epoch chosen on the test fold"
 CLIPS_A_FOLD = 30
 
@@ -154,6 +154,61 @@ def test_class_ids_come_from_the_table_not_from_the_columns(tmp_path):
     assert evaluate.read_results(folder, data) == before
 
 
+# --- Confidence --------------------------------------------------------------------------------------------------
+
+
+def set_temperatures(folder, temperatures):
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**run, "temperatures": temperatures}))
+
+
+def test_confidence_before_and_after_the_temperatures(tmp_path):
+    folder, temperatures = write_run(tmp_path), {"0": 2.0, "1": 0.5, "2": 1.0}
+    set_temperatures(folder, temperatures)
+    values = evaluate.write_report(folder)["confidence"]
+    confidence, right = {"before": [], "after": []}, []
+    for fold in range(3):
+        shares = np.array([row[2:] for row in read_rows(folder / f"predictions_fold_{fold}.csv")[1:]], float)
+        powers = shares ** (1 / temperatures[str(fold)])
+        confidence["before"] += shares.max(axis=1).tolist()
+        confidence["after"] += (powers / powers.sum(axis=1, keepdims=True)).max(axis=1).tolist()
+        right += [true == guess for true, guess in zip(*raw_predictions(folder, fold), strict=True)]
+    for name in ("before", "after"):
+        expected = {}
+        for sure, is_right in zip(confidence[name], right, strict=True):
+            expected.setdefault(int(np.ceil(15 * sure)) - 1, []).append(sure - is_right)
+        error = sum(abs(sum(gaps)) for gaps in expected.values()) / len(right)
+        assert values[name]["ece"] == pytest.approx(error)
+        assert values[name]["answered"][0]["accuracy"] == pytest.approx(np.mean(right))
+    assert [row["temperature"] for row in values["per_fold"]] == [2.0, 0.5, 1.0]
+    same = values["per_fold"][2]
+    assert same["ece_after"] == pytest.approx(same["ece_before"]) and values["before"]["ece"] != values["after"]["ece"]
+    text = (folder / "report.md").read_text()
+    assert f"{100 * values['after']['ece']:.1f} % with each fold's temperature" in text
+    assert "(reliability.png)" in text and "temperatures" not in text
+
+
+@pytest.mark.parametrize("temperatures", [{}, {"0": 1.5, "1": 1.5}])
+def test_without_every_folds_temperature_there_is_only_before(tmp_path, temperatures):
+    folder = write_run(tmp_path, validation="next_fold" if temperatures else "none")
+    set_temperatures(folder, temperatures)
+    values = evaluate.write_report(folder)["confidence"]
+    assert values["after"] is None and values["before"]["ece"] > 0
+    assert values["per_fold"][2]["ece_after"] is None
+    assert (values["per_fold"][0]["ece_after"] is None) == (not temperatures)
+    assert "Not every fold here has a temperature" in (folder / "report.md").read_text()
+
+
+def test_confident_and_wrong_shows_in_the_calibration_error(tmp_path):
+    folder = write_run(tmp_path, folds=[0])
+    path = folder / "predictions_fold_0.csv"
+    header, *rows = read_rows(path)
+    write_rows(path, [header, *([row[0], row[1], "1", "0", "0"] for row in rows)])  # a third of the clips is a siren
+    values = evaluate.read_results(folder)["confidence"]["before"]
+    assert values["ece"] == pytest.approx(2 / 3)
+    assert {row["least_confidence"] for row in values["answered"]} == {1.0}
+
+
 # --- What part of the data set the results speak for --------------------------------------------------------------
 
 
@@ -226,7 +281,7 @@ def test_optimistic_protocol_is_said_everywhere(tmp_path, capsys):
     assert results["optimistic"] is True and results["note"] == LABEL
     assert LABEL in (folder / "results.json").read_text()
     headings = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("#")]
-    assert len(headings) == 9 and all(LABEL in line for line in headings)
+    assert len(headings) == 10 and all(LABEL in line for line in headings)
     printed = capsys.readouterr().out.splitlines()
     assert LABEL in printed[0] and any(line.startswith("3 folds") and LABEL in line for line in printed)
     for name in PICTURES:
@@ -364,6 +419,10 @@ def test_table_at_odds_with_the_predictions_is_refused(tmp_path, column, value, 
         ("run.json", "[]", "does not describe a run"),
         ("run.json", '{"validation": ["none"]}', "does not describe a run"),
         ("run.json", "{", "not JSON"),
+        ("run.json", '{"temperatures": [1, 2]}', "does not describe a run"),
+        ("run.json", '{"temperatures": {"0": -1}}', "the temperature of fold 0 is '-1'"),
+        ("run.json", '{"temperatures": {"1": NaN}}', "the temperature of fold 1 is 'nan'"),
+        ("run.json", '{"temperatures": {"1": true}}', "the temperature of fold 1 is 'True'"),
     ],
 )
 def test_damaged_companions_are_named(tmp_path, name, content, said):

@@ -85,3 +85,57 @@ def test_worst_confusions_come_with_the_surest_mistakes():
     worst = metrics.summarise(predictions, {})["worst_confusions"]
     assert worst[0] == {"true": "cat", "predicted": "dog", "clips": 6, "share": 1.0, "examples": list("acedf")}
     assert worst[1] == {"true": "dog", "predicted": "cat", "clips": 1, "share": 1.0, "examples": ["g"]}
+
+
+# --- Confidence --------------------------------------------------------------------------------------------------
+
+
+def sampled_confidence(clips=60_000, seed=0):
+    """Confidences, and answers of which each is right with that probability."""
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.1, 1, clips)
+    return confidence, rng.random(clips) < confidence
+
+
+def test_calibrated_answers_have_hardly_any_calibration_error():
+    values = metrics.reliability(*sampled_confidence())
+    assert values["ece"] < 0.01
+    assert sum(row["clips"] for row in values["bins"]) == 60_000
+
+
+def test_calibration_error_of_an_overconfident_network_is_the_gap():
+    correct = np.arange(100) < 60
+    assert metrics.reliability(np.full(100, 0.99), correct)["ece"] == pytest.approx(0.39)
+    assert metrics.reliability(np.full(100, 0.21), correct)["ece"] == pytest.approx(0.39)  # underconfident
+    # Two bins of 50 clips: sure and always right, and 30 % sure with 10 right.
+    both = metrics.reliability(np.repeat([1.0, 0.3], 50), np.arange(100) < 60)
+    assert both["ece"] == pytest.approx(0.5 * 0 + 0.5 * abs(10 / 50 - 0.3))
+
+
+def test_bins_take_the_edges_and_rounding_errors():
+    values = metrics.reliability(np.array([0.0, 1 / 15, 1.0, 1.0005]), np.array([True, False, True, True]))
+    filled = {number: row["clips"] for number, row in enumerate(values["bins"]) if row["clips"]}
+    assert filled == {0: 2, 14: 2}
+    assert all(row["accuracy"] is None for row in values["bins"] if not row["clips"])
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 3.0, 20.0])
+def test_temperature_after_the_softmax_is_the_same_as_before_it(temperature):
+    logits = np.random.default_rng(0).normal(0, 3, (50, 10))
+    expected = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
+    expected /= expected.sum(axis=1, keepdims=True)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(metrics.with_temperature(shares, temperature), expected, rtol=1e-9, atol=1e-300)
+
+
+def test_temperature_of_probabilities_that_are_0():
+    np.testing.assert_allclose(metrics.with_temperature(np.array([[0, 0.2, 0.8]]), 2)[0], [0, 1 / 3, 2 / 3])
+
+
+def test_selective_accuracy_leaves_out_the_least_sure():
+    confidence = np.array([0.5, 0.9, 0.3, 0.8, 0.6, 0.7, 0.4, 0.95, 0.2, 0.1])
+    correct = confidence > 0.35
+    rows = {row["share"]: row for row in metrics.selective_accuracy(confidence, correct)}
+    assert (rows[1.0]["accuracy"], rows[0.9]["accuracy"], rows[0.7]["accuracy"]) == (0.7, pytest.approx(7 / 9), 1.0)
+    assert (rows[0.5]["clips"], rows[0.5]["least_confidence"]) == (5, 0.6)
+    assert metrics.selective_accuracy(np.array([0.4]), np.array([True]))[-1]["clips"] == 1

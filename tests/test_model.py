@@ -188,6 +188,8 @@ INFO = {
     "band_deviation": [12.25] * N_MELS,
     "fold": 2,
     "scores": {"test_accuracy": 0.5},
+    "temperature": 1.25,
+    "unknown_threshold": -0.5,
 }
 
 
@@ -292,6 +294,13 @@ AUDIO = INFO["audio"]
         ({"audio": {**AUDIO, "n_fft": 10**12}}, "audio settings that can't be: the audio setting n_fft"),
         ({"audio": {**AUDIO, "hop_length": 0}}, "audio settings that can't be: the audio setting hop_length"),
         ({"audio": {**AUDIO, "sample_rate": "22050"}}, "audio settings that can't be: the audio setting sample_rate"),
+        ({"temperature": float("nan")}, "temperature is 'nan': it must be a number from 0.05 to 20"),
+        ({"temperature": -1.0}, "temperature is '-1.0'"),
+        ({"temperature": 10**400}, "temperature is '1000"),
+        ({"temperature": None}, "temperature is 'None'"),
+        ({"temperature": "\x1b[2J"}, r"temperature is '\x1b[2J'"),
+        ({"unknown_threshold": float("inf")}, "unknown_threshold is 'inf': it must be a number from"),
+        ({"unknown_threshold": [1.0]}, "unknown_threshold is '[1.0]'"),
         ({"audio": {**AUDIO, "clip_seconds": 0.1}}, "(8, 5) mel bands and frames, and its network needs more"),
     ],
 )
@@ -411,10 +420,10 @@ def test_fuzzed_bytes(path, sound, data):
 @given(data=st.data())
 def test_fuzzed_metadata(path, sound, data):
     info = dict(INFO)
-    key = data.draw(st.sampled_from(list(model.INFO_KINDS)))
+    key = data.draw(st.sampled_from([*model.INFO_KINDS, "temperature", "unknown_threshold"]))
     if key == "audio" and data.draw(st.booleans()):
         info["audio"] = {**AUDIO, data.draw(st.sampled_from([*AUDIO, "x"])): data.draw(VALUES)}
-    elif isinstance(info[key], list) and data.draw(st.booleans()):
+    elif isinstance(info.get(key), list) and data.draw(st.booleans()):
         place = data.draw(st.integers(0, len(info[key]) - 1))
         info[key] = [*info[key][:place], data.draw(VALUES), *info[key][place + 1 :]]
     else:

@@ -8,7 +8,7 @@ import metrics
 import plots
 
 
-def results(class_names, folds=2, clips=40, seed=0):
+def results(class_names, folds=2, clips=40, seed=0, temperatures=None):
     rng = np.random.default_rng(seed)
     n_classes = len(class_names)
     predictions = metrics.Predictions(
@@ -19,7 +19,7 @@ def results(class_names, folds=2, clips=40, seed=0):
         probabilities=rng.dirichlet(np.ones(n_classes), folds * clips),
         clips={},
     )
-    return metrics.summarise(predictions, {"best_epochs": {"0": 2}})
+    return metrics.summarise(predictions, {"best_epochs": {"0": 2}, "temperatures": temperatures or {}})
 
 
 def history(epochs, validation=True):
@@ -73,6 +73,22 @@ def test_curves_of_one_epoch_and_of_a_loss_that_left_all_bounds(tmp_path, loss):
     histories = {0: history(1), 1: {**history(3), "train_loss": np.array([2, loss, loss])}}
     plots.draw_curves(tmp_path / "curves.png", histories, results(["a", "b"]), "Training")
     assert plots.BLUE in colours(tmp_path / "curves.png")
+
+
+def test_reliability_before_and_after(tmp_path):
+    plots.draw_reliability(tmp_path / "before.png", results(["a", "b", "c"]), "Confidence")
+    both = results(["a", "b", "c"], temperatures={"0": 2.0, "1": 3.0})
+    plots.draw_reliability(tmp_path / "both.png", both, "Confidence")
+    before, after = colours(tmp_path / "before.png"), colours(tmp_path / "both.png")
+    assert before[plots.BLUE] > 5000 and before[plots.ORANGE] > 500 and after[plots.ORANGE] > 500
+    assert after[plots.BLUE] > 1.3 * before[plots.BLUE]  # bars of a second diagram, and a second line
+    with Image.open(tmp_path / "before.png") as narrow, Image.open(tmp_path / "both.png") as wide:
+        assert wide.width > 1.3 * narrow.width
+
+
+def test_reliability_of_one_clip(tmp_path):
+    plots.draw_reliability(tmp_path / "one.png", results(["a", "b"], folds=1, clips=1), "Confidence")
+    assert plots.ORANGE in colours(tmp_path / "one.png")
 
 
 def test_title_is_in_the_file(tmp_path):

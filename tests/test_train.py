@@ -17,6 +17,7 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 
+import calibration
 import checkpoint
 import data_loader
 import model
@@ -128,7 +129,7 @@ def test_files_of_a_run(reference):
         expected += [f"checkpoints/fold_{fold}/{name}" for name in ("best_model_this_fold.pt", *kept)]
         expected += [f"models/model_fold_{fold}_best.safetensors"]
         expected += [f"results/{name}_fold_{fold}.csv" for name in ("predictions", "history")]
-    results = "results.json report.md run.json confusion_matrix.png per_class.png curves.png"
+    results = "results.json report.md run.json confusion_matrix.png per_class.png reliability.png curves.png"
     assert files_of(assets) == sorted([*expected, *(f"results/{name}" for name in results.split())])
     assert_readable(assets)
 
@@ -155,6 +156,10 @@ def test_what_the_files_of_a_run_say(reference):
         accuracy = float((shares.argmax(axis=1) == [int(row[1]) for row in rows]).mean())
 
         _, info = model.load_model(model.model_path(assets / "models", fold))
+        for name in ("temperature", "unknown_threshold"):
+            assert info[name] == entry[name], name
+        run = json.loads((assets / "results" / "run.json").read_text())
+        assert run["temperatures"][str(fold)] == entry["temperature"]
         assert info["scores"] == {"test_accuracy": accuracy, "test_clips": 8, "best_epoch": best}
         assert info["training_folds"] == [(fold + 2) % 3 + 1]
         assert info["settings"] == settings
@@ -191,6 +196,33 @@ def test_chosen_weights_have_the_best_validation_loss_and_gave_the_predictions(r
         rows = read_rows(assets / "results" / f"predictions_fold_{fold}.csv")[1:]
         shares = np.array([row[2:] for row in rows], float)
         np.testing.assert_allclose(shares, logits.softmax(dim=1).numpy(), atol=1e-5)
+
+
+def test_temperature_and_threshold_are_those_of_the_validation_clips(reference, data):
+    assets, _ = reference
+    state = json.loads((assets / "checkpoints" / "training_state.json").read_text())
+    for fold in FOLDS:
+        expected = calibration.fit(*network_outputs(assets, fold, (fold + 1) % 3 + 1, data))
+        for name, value in expected.items():
+            assert state["folds"][str(fold)][name] == pytest.approx(value, abs=2e-4), (fold, name)
+        of_test_clips = calibration.fit(*network_outputs(assets, fold, fold + 1, data))
+        assert of_test_clips["unknown_threshold"] != pytest.approx(expected["unknown_threshold"], abs=2e-4)
+    rows = read_rows(assets / "results" / "predictions_fold_0.csv")[1:]  # raw, and small ones not rounded to 0
+    logits, _ = network_outputs(assets, 0, 1, data)
+    shares = np.array([row[2:] for row in rows], float)
+    np.testing.assert_allclose(shares, logits.softmax(dim=1).numpy(), rtol=1e-4)
+    assert max(len(value) for row in rows for value in row[2:]) > len("0.123456")
+
+
+@pytest.mark.parametrize("validation", ["none", "test_fold"])
+def test_without_clean_validation_clips_there_is_no_temperature(validation, run_train, tmp_path):
+    done = run_train(tmp_path, "--folds", 0, "--epochs", 1, "--validation", validation)
+    assert done.returncode == 0, done.stderr
+    _, info = model.load_model(model.model_path(tmp_path / "models", 0))
+    entry = json.loads((tmp_path / "checkpoints" / "training_state.json").read_text())["folds"]["0"]
+    assert not {"temperature", "unknown_threshold"} & (info.keys() | entry.keys())
+    assert json.loads((tmp_path / "results" / "run.json").read_text())["temperatures"] == {}
+    assert "Not every fold here has a temperature" in (tmp_path / "results" / "report.md").read_text()
 
 
 def test_every_epoch_and_every_fold_draws_anew(run_train, tmp_path):
@@ -483,9 +515,10 @@ def test_labels_of_test_clips_change_no_weight_and_no_choice(fold, role, referen
             "weights": plain(model.load_model(model.model_path(assets / "models", 0))[0].state_dict()),
             "history": read_rows(assets / "results" / "history_fold_0.csv"),
             "predictions": [row[2:] for row in read_rows(assets / "results" / "predictions_fold_0.csv")],
-            "choice": json.loads((assets / "checkpoints" / "training_state.json").read_text())["folds"]["0"][
-                "best_epoch"
-            ],
+            "choice": {
+                name: json.loads((assets / "checkpoints" / "training_state.json").read_text())["folds"]["0"][name]
+                for name in ("best_epoch", "temperature", "unknown_threshold")
+            },
         }
         for assets in (tmp_path, reference[0])
     )

@@ -1,0 +1,526 @@
+"""Speed, as ratios to named references that are measured in the same run, on this machine.
+
+    python benchmark.py                                   # every stage, about three minutes on 2 cores
+    python benchmark.py --stage train                     # preprocess, train, predict or scale alone
+    python benchmark.py --clips ~/UrbanSound8K/audio      # preprocess published clips instead of synthetic ones
+    python benchmark.py --json                            # a JSON object instead of the table
+
+Prints a table: what was timed, its reference, both times, the ratio, and what is to be reached. Ours and the reference
+take turns, and each figure is the median of its turns: a machine that is busy with something else slows both. Nothing
+is kept: data and checkpoints are synthetic and in a temporary folder.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import io
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: see train.py
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as the preprocessing workers have it
+
+import numpy as np
+import torch
+from torch import nn
+
+import batches
+import checkpoint
+import config
+import data_loader
+import demo_data
+import predict
+import preprocess_data
+import tracking
+import train
+import utils
+from model import AudioCNN
+
+REPOSITORY = Path(__file__).resolve().parent
+STAGES = ("preprocess", "train", "predict", "scale")
+TURNS = 5  # of ours and the reference; each figure is the median
+STEPS = 12  # training steps a turn
+COMPARED_STEPS = 50  # of the losses of ours and the plain loop
+EPOCH_CLIPS = 960  # training clips of the epochs whose overhead is measured
+PUBLISHED_RATES = (44_100, 48_000)  # Hz; most of UrbanSound8K, stereo, 16 and 24 bit
+CLIPS_A_TURN = 256
+WARM_CLIPS = 200  # whose results come before every worker has started
+SCALES = (1_000, 8_732, 40_000)  # clips; the middle one is UrbanSound8K
+AUDIO = data_loader.AudioSettings()
+SETTINGS = ("epochs", "batch_size", "learning_rate", "seed", *batches.augmentation_settings())  # flags of train.py
+CPU = torch.device("cpu")
+
+
+# --- Timing and rows ---------------------------------------------------------------------------------------------
+
+
+def median_times(*functions, turns=TURNS):
+    """Return the median seconds of each function, run in turns after one call of each that is not counted."""
+    times = [[] for _ in functions]
+    for turn in range(turns + 1):
+        for function, row in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if turn:
+                row.append(time.perf_counter() - start)
+    return [statistics.median(row) for row in times]
+
+
+def row(what, reference, ours, theirs, unit, reach="", faster=True):
+    """Return one row of the table; its ratio is theirs / ours (how many times faster), or ours / theirs (a share)."""
+    ratio = theirs / ours if faster else ours / theirs
+    return {
+        "what": what,
+        "reference": reference,
+        "ours": ours,
+        "theirs": theirs,
+        "unit": unit,
+        "ratio": ratio,
+        "reach": reach,
+    }
+
+
+def machine():
+    """Return what the figures depend on, in one line."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    bf16 = ", bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else ""
+    capability = torch.backends.cpu.get_cpu_capability()
+    python = platform.python_version()
+    return f"{name}, {os.cpu_count()} cores, {capability}{bf16}, torch {torch.__version__}, Python {python}"
+
+
+# --- Preprocessing -----------------------------------------------------------------------------------------------
+
+
+def published_clips(folder):
+    """Write synthetic clips in the formats that most of UrbanSound8K has, and return their paths."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(8):
+        rate, subtype = PUBLISHED_RATES[number // 4 % 2], ("PCM_16", "PCM_24")[number % 4 == 3]
+        samples = rng.normal(0, 0.1, (int(4 * rate), 2)).clip(-1, 1)
+        paths.append(folder / f"{number}.wav")
+        demo_data.write_clip(paths[-1], samples, rate, subtype)
+    return paths
+
+
+def usual_clip(path):
+    """What most projects do with a clip, at this project's settings."""
+    import librosa
+
+    samples, rate = librosa.load(path, sr=AUDIO.sample_rate)
+    samples = librosa.util.fix_length(samples, size=AUDIO.clip_samples)
+    mel = librosa.feature.melspectrogram(
+        y=samples, sr=rate, n_fft=AUDIO.n_fft, hop_length=AUDIO.hop_length, n_mels=AUDIO.n_mels
+    )
+    return librosa.power_to_db(mel)
+
+
+def floor_clip(path):
+    """What no front-end of this kind can do without: decoding, resampling and one FFT a frame."""
+    samples = data_loader.fit_clip(data_loader.read_audio(path, AUDIO.sample_rate), AUDIO)
+    padded = np.pad(samples, AUDIO.n_fft // 2)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, AUDIO.n_fft)[:: AUDIO.hop_length]
+    data_loader.rfft(frames * data_loader.hann_window(AUDIO.n_fft), axis=1)
+
+
+def our_clip(path):
+    return preprocess_data.process_clip(path, AUDIO)
+
+
+def benchmark_preprocess(folder, clips_dir):
+    """Return rows: milliseconds a clip of all cores together, against librosa in one process and the floor."""
+    paths = sorted(Path(clips_dir).rglob("*.wav")) if clips_dir else published_clips(folder)
+    if not paths:
+        raise utils.UserError(f"no .wav below {clips_dir}: name a folder of clips with --clips")
+    paths = (paths * (CLIPS_A_TURN // len(paths) + 1))[:CLIPS_A_TURN]
+    few = paths[: CLIPS_A_TURN // 8]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(config.WORKERS, spawn) as pool:
+
+        def in_pool(function):
+            for _ in pool.map(function, paths, chunksize=preprocess_data.CLIPS_PER_TASK):
+                pass
+
+        usual, ours, floor = median_times(
+            lambda: [usual_clip(path) for path in few], lambda: in_pool(our_clip), lambda: in_pool(floor_clip)
+        )
+    usual, ours, floor = 1e3 * usual / len(few), 1e3 * ours / len(paths), 1e3 * floor / len(paths)
+    kind = "clips of --clips" if clips_dir else "44.1 and 48 kHz stereo"
+    return [
+        row(f"preprocess a clip, {kind}", "librosa, one process", ours, usual, "ms", "≥ 5 ×"),
+        row("the same", "decode + soxr + rfft alone, same processes", ours, floor, "ms", "≤ 1.4 ×", faster=False),
+    ]
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+
+class PlainCNN(AudioCNN):
+    """The same network as a plain loop has it: ReLU before pooling, nn.Dropout. The same weights fit."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        for block in (self.block1, self.block2, self.block3):
+            block[2], block[3] = block[3], block[2]
+            block[4] = nn.Dropout(block[4].p)
+        self.dropout = nn.Dropout(self.dropout.p)
+
+
+def plain_loop(network, features, targets, batch_size, steps):
+    """Train as most tutorials do: float32, NCHW, DataLoader, Adam. Return the loss of each step."""
+    data = torch.utils.data.TensorDataset(features, targets)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    network.train()
+    losses = []
+    for inputs, wanted in torch.utils.data.DataLoader(data, batch_size):
+        loss = nn.functional.cross_entropy(network(inputs), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if len(losses) == steps:
+            break
+    return losses
+
+
+@functools.cache
+def plain_start():
+    network, _ = new_networks()
+    return network, *random_examples(config.BATCH_SIZE * STEPS)
+
+
+def plain_turn():
+    """Run the plain loop's steps of one turn, in a process that has made network and examples in its first turn."""
+    plain_loop(*plain_start(), config.BATCH_SIZE, STEPS)
+
+
+def our_loop(network, features, targets, batch_size, steps, precision=config.PRECISION):
+    """The same steps as train.py does them."""
+    optimizer = train.make_optimizer(network, {"weight_decay": 0.0, "learning_rate": 1e-3})
+    network.train()
+    losses = []
+    for batch in batches.batch_slices(len(features), batch_size)[:steps]:
+        loss, _ = train.train_step(network, optimizer, features[batch], targets[batch], 0.0, precision)
+        losses.append(loss)
+    return torch.stack(losses).tolist()
+
+
+def new_networks(**options):
+    """Return the plain network and ours, with the same weights."""
+    torch.manual_seed(0)
+    ours = AudioCNN(10, AUDIO.n_mels, **options)
+    plain = PlainCNN(10, AUDIO.n_mels, **options)
+    plain.load_state_dict(ours.state_dict())
+    return plain, ours.to(memory_format=torch.channels_last)
+
+
+def random_examples(n_clips, n_frames=AUDIO.n_frames):
+    """Return (features (clips, 1, n_mels, frames), targets): noise, with a level that depends on the class."""
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.randint(0, 10, (n_clips,), generator=generator)
+    features = torch.randn(n_clips, 1, AUDIO.n_mels, n_frames, generator=generator) + classes[:, None, None, None] / 10
+    return features, torch.eye(10)[classes]
+
+
+def flops_of_step(inputs, wanted):
+    """Return the floating-point operations of a training step, counted by torch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    _, network = new_networks()
+    with FlopCounterMode(display=False) as counter:
+        nn.functional.cross_entropy(network(inputs), wanted).backward()
+    return counter.get_total_flops()
+
+
+def benchmark_step():
+    """Return rows: a training step on whole clips against the plain loop and against the machine's matrix rate."""
+    size = config.BATCH_SIZE
+    features, targets = random_examples(size * STEPS)
+    _, ours = new_networks()
+    dtype = torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+    left, right = torch.randn(2, 2048, 2048).to(dtype)
+    # The plain loop has a process of its own, without the allocator's settings that train.py makes.
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        theirs, mine, matrix = median_times(
+            lambda: pool.submit(plain_turn).result(),
+            lambda: our_loop(ours, features, targets, size, STEPS),
+            lambda: left @ right,
+        )
+    rate = 2 * 2048**3 / matrix  # FLOP/s
+    floor = flops_of_step(features[:size], targets[:size]) / size / rate
+    theirs, mine = theirs / (size * STEPS), mine / (size * STEPS)
+    share = f"{str(dtype).removeprefix('torch.')} matrix rate, {rate / 1e9:.0f} GFLOP/s"
+    return [
+        row("training step, an example of 173 frames", "plain loop", 1e3 * mine, 1e3 * theirs, "ms", "≥ 5 ×"),
+        row("the same", share, 1e3 * mine, 1e3 * floor, "ms", "≥ 0.55"),
+    ]
+
+
+def benchmark_losses():
+    """Return rows: how far the losses of our loop are from the plain loop's, with dropout off in both."""
+    size = config.BATCH_SIZE
+    features, targets = random_examples(size * COMPARED_STEPS)
+    rows = []
+    plain, _ = new_networks(block_dropout=0.0, head_dropout=0.0)
+    theirs = np.array(plain_loop(plain, features, targets, size, COMPARED_STEPS))
+    for what, loop in (
+        ("plain loop on one thread", on_one_thread(plain_loop)),
+        ("ours, float32", lambda *given: our_loop(*given, "float32")),
+        (f"ours, {config.PRECISION}", our_loop),
+    ):
+        plain, ours = new_networks(block_dropout=0.0, head_dropout=0.0)
+        network = plain if what.startswith("plain") else ours
+        losses = np.array(loop(network, features, targets, size, COMPARED_STEPS))
+        what = f"distance of {COMPARED_STEPS} losses, {what}"
+        rows.append(row(what, "plain loop, mean loss", np.abs(losses - theirs).mean(), theirs.mean(), "", "", False))
+    return rows
+
+
+def on_one_thread(loop):
+    """Return the loop with sums in another order: what rounding alone does to it."""
+
+    def run(*given):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return loop(*given)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+def write_random_data(folder, clips_per_fold):
+    """Write the processed files of clips of noise, so many in each fold."""
+    folds = np.repeat(np.arange(1, len(clips_per_fold) + 1), clips_per_fold)
+    labels = np.arange(len(folds)) % 10
+    same = {"fsID": 0, "start": 0, "end": 4, "salience": 1}
+    clips = [
+        {"slice_file_name": f"{n}.wav", "fold": int(fold), "classID": int(label), "class": f"class {label}", **same}
+        for n, (label, fold) in enumerate(zip(labels, folds, strict=True))
+    ]
+    data_loader.save_processed(folder, random_features(len(folds)), labels, folds, clips, AUDIO, "random")
+
+
+def random_features(n_clips):
+    """Return features of noise, (n_clips, n_mels, n_frames)."""
+    rng = np.random.default_rng(0)
+    features = np.empty((n_clips, *AUDIO.shape), AUDIO.feature_dtype)
+    for start in range(0, n_clips, 100):
+        features[start : start + 100] = rng.random(features[start : start + 100].shape, np.float32)
+    return features
+
+
+def benchmark_overhead(folder, n_clips=EPOCH_CLIPS):
+    """Return a row: whole epochs of train.py with checkpoint, JSON and lines, against their steps alone."""
+    write_random_data(folder / "data", [20, n_clips])
+    data = data_loader.load_processed(folder / "data")
+    arguments = SimpleNamespace(**{name: getattr(config, name.upper()) for name in SETTINGS}, validation="none")
+    settings = train.training_settings(arguments, data)
+    paths = SimpleNamespace(checkpoints=folder / "checkpoints", models=folder / "models", results=folder / "results")
+    run = checkpoint.Run(paths, settings, [0])
+    features = torch.from_numpy(data.features)
+    fold = train.make_fold(0, data, features, settings, paths.checkpoints)
+    frames = batches.crop_length(AUDIO.n_frames, settings)
+    inputs, wanted = random_examples(config.BATCH_SIZE, frames)
+    slices = batches.batch_slices(len(fold.training), config.BATCH_SIZE)
+
+    def steps():
+        fold.network.train()
+        for batch in slices:
+            size = batch.stop - batch.start
+            train.train_step(fold.network, fold.optimizer, inputs[:size], wanted[:size], 0.1)
+
+    def epoch():
+        one_more = (fold.newest["epoch"] if fold.newest else 0) + 1
+        train.train_fold(fold, {**settings, "epochs": one_more}, run, tracking.Tracker(folder))
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        whole, alone = median_times(epoch, steps)
+    whole, alone = whole / len(fold.training), alone / len(fold.training)
+    what = f"a whole epoch with checkpoint, an example of {frames} frames"
+    return [row(what, "its steps alone", 1e3 * whole, 1e3 * alone, "ms", "≤ 1.08 ×", faster=False)]
+
+
+def benchmark_memory(folder):
+    """Return rows: the peak memory of train.py and the time to load, at UrbanSound8K's size."""
+    data = folder / "full"
+    # Few clips to train on: memory is that of the features and of one step, and testing is quicker.
+    write_random_data(data, [400, SCALES[1] - 1200, 800])
+    size = (data / "features.pkl").stat().st_size
+    command = [sys.executable, REPOSITORY / "train.py", "--folds", "0", "--epochs", "1", "--validation", "next_fold"]
+    peak = peak_memory([*command, "--processed_dir", data, "--assets_dir", folder / "assets"])
+    bare = peak_memory([sys.executable, "-c", "import torch"])
+    # In a process of its own each: memory that the allocator has kept would make the second reading the faster one.
+    load = f"import data_loader; from pathlib import Path; data_loader.load_processed(Path({str(data)!r}))"
+    read = f"import data_loader, numpy; numpy.fromfile({str(data / 'features.pkl')!r}, 'uint8')"
+    none = "import data_loader, numpy"
+    ours, raw, start = median_times(
+        *(lambda code=code: run_command([sys.executable, "-c", code]) for code in (load, read, none))
+    )
+    ours, raw = ours - start, raw - start
+    allowed = (1.5 * size + bare + 600e6) / 1e6
+    return [
+        row("peak memory of training, 8,732 clips", "1.5 × features + import torch + 600 MB", peak / 1e6, allowed, "MB",
+            "≤ 1 ×", faster=False),
+        row("load the processed files, checks included", "np.fromfile of features.pkl", 1e3 * ours, 1e3 * raw, "ms",
+            "≤ 1.5 ×", faster=False),
+    ]  # fmt: skip
+
+
+def peak_memory(command):
+    """Return the largest resident size of a command, in bytes. UserError if it fails."""
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, cwd=REPOSITORY)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise utils.UserError(f"{' '.join(map(str, command))} ended with exit status {process.returncode}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def benchmark_train(folder):
+    rows = [*benchmark_step(), *benchmark_losses(), *benchmark_overhead(folder)]
+    return rows + (benchmark_memory(folder) if hasattr(os, "wait4") else [])
+
+
+# --- Prediction --------------------------------------------------------------------------------------------------
+
+
+def benchmark_predict(folder):
+    """Return rows: predict.py as a command, and the parts of a prediction once everything is loaded."""
+    clip = published_clips(folder)[0]
+    write_random_data(folder / "data", [20, 20])
+    command = [sys.executable, "train.py", "--folds", "0", "--epochs", "1", "--validation", "none"]
+    run_command([*command, "--processed_dir", folder / "data", "--assets_dir", folder])
+    whole, bare = median_times(
+        lambda: run_command([sys.executable, "predict.py", clip, "--assets_dir", folder]),
+        lambda: run_command([sys.executable, "-c", "import torch"]),
+    )
+    network, info = predict.load_model(predict.find_model(folder / config.MODEL_DIR, 0))
+    samples = data_loader.read_audio(clip, AUDIO.sample_rate)
+    warm, decode, features = median_times(
+        lambda: predict.predict(network, info, data_loader.read_audio(clip, AUDIO.sample_rate)),
+        lambda: data_loader.read_audio(clip, AUDIO.sample_rate),
+        lambda: data_loader.clip_features(samples, AUDIO),
+        turns=20,
+    )
+    return [
+        row("predict.py on a 4 s clip, whole command", "python -c 'import torch'", whole, bare, "s", "≤ 1.3 ×", False),
+        row("a prediction in a warm process", "its decoding and resampling", 1e3 * warm, 1e3 * decode, "ms", "", False),
+        row("the same", "its log-mel", 1e3 * warm, 1e3 * features, "ms", "", False),
+    ]
+
+
+def run_command(command):
+    subprocess.run(list(map(str, command)), cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
+
+
+# --- Scale -------------------------------------------------------------------------------------------------------
+
+
+def preprocessing_cost(path, n_clips):
+    """Return the seconds a clip, for one clip over and over, from when all workers have started to the end."""
+    results = preprocess_data.process_clips([path] * n_clips, AUDIO, config.WORKERS)
+    features = np.empty((n_clips, *AUDIO.shape), AUDIO.feature_dtype)
+    for position, (clip, _) in enumerate(results):
+        if position == WARM_CLIPS:
+            start = time.perf_counter()
+        features[position] = clip
+    return (time.perf_counter() - start) / (n_clips - 1 - WARM_CLIPS)
+
+
+def training_cost(n_clips):
+    """Return the seconds an example: the plan of an epoch of n_clips, and some of its steps."""
+    features = torch.from_numpy(random_features(n_clips))
+    targets = torch.eye(10)[torch.arange(n_clips) % 10]
+    band = [torch.zeros(AUDIO.n_mels), torch.ones(AUDIO.n_mels)]
+    settings = batches.augmentation_settings()
+    _, network = new_networks()
+    optimizer = train.make_optimizer(network, {"weight_decay": 0.0, "learning_rate": 1e-3})
+    slices = batches.batch_slices(n_clips, config.BATCH_SIZE)[: 2 * STEPS]
+
+    def plan_epoch():
+        return batches.plan_epoch(np.arange(n_clips), AUDIO.shape, settings, (0, 0, 1), CPU)
+
+    def steps():
+        for batch in slices:
+            inputs, wanted = batches.training_batch(features, targets, band, plan[batch], settings)
+            train.train_step(network, optimizer, inputs, wanted, 0.1)
+
+    plan = plan_epoch()
+    network.train()
+    planning, stepping = median_times(plan_epoch, steps)
+    return planning / n_clips + stepping / (len(slices) * config.BATCH_SIZE)
+
+
+def benchmark_scale(folder):
+    """Return rows: cost a clip and cost an example for more and more data, against the smallest."""
+    path = folder / "clip.wav"
+    demo_data.write_clip(path, np.random.default_rng(0).normal(0, 0.1, 4 * AUDIO.sample_rate), AUDIO.sample_rate, None)
+    rows = []
+    for what, cost in (
+        ("preprocess a clip of {:,}", lambda n: preprocessing_cost(path, n)),
+        ("train on an example of {:,}", training_cost),
+    ):
+        least, *others = [1e3 * cost(n) for n in SCALES]
+        reference = f"of {SCALES[0]:,}"
+        for n, value in zip(SCALES[1:], others, strict=True):
+            rows.append(row(what.format(n), reference, value, least, "ms", "≤ 1.1 ×", faster=False))
+    return rows
+
+
+# --- The table ---------------------------------------------------------------------------------------------------
+
+
+def format_row(values):
+    """Return a row as a line of a Markdown table."""
+    ours, theirs = (f"{values[key]:.3g} {values['unit']}".strip() for key in ("ours", "theirs"))
+    cells = values["what"], values["reference"], ours, theirs, f"{values['ratio']:.2f}", values["reach"]
+    return f"| {' | '.join(cells)} |"
+
+
+def parse_args():
+    parser = utils.make_parser(__doc__)
+    parser.add_argument("--stage", choices=STAGES, help="one stage alone (default: all)")
+    parser.add_argument("--clips", metavar="DIR", help="preprocess the .wav files below this folder")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    utils.keep_freed_memory()
+    stages = {
+        "preprocess": lambda folder: benchmark_preprocess(folder, args.clips),
+        "train": benchmark_train,
+        "predict": benchmark_predict,
+        "scale": benchmark_scale,
+    }
+    rows = []
+    if not args.json:
+        print(f"{machine()}\n\n| what | reference | ours | reference's | ratio | to reach |\n|---|---|---|---|---|---|")
+    for stage in [args.stage] if args.stage else STAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            for values in stages[stage](Path(folder)):
+                rows.append({"stage": stage, **values})
+                if not args.json:
+                    print(format_row(values), flush=True)
+    if args.json:
+        print(json.dumps({"machine": machine(), "rows": rows}, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    utils.run(main)
