@@ -40,6 +40,7 @@ import data_loader
 import demo_data
 import predict
 import preprocess_data
+import publisher
 import tracking
 import train
 import utils
@@ -346,7 +347,9 @@ def benchmark_overhead(folder, n_clips=EPOCH_CLIPS):
 
     def epoch():
         one_more = (fold.newest["epoch"] if fold.newest else 0) + 1
-        train.train_fold(fold, {**settings, "epochs": one_more}, run, tracking.Tracker(folder))
+        train.train_fold(
+            fold, {**settings, "epochs": one_more}, run, tracking.Tracker(folder), publisher.Publisher(paths)
+        )
 
     with contextlib.redirect_stdout(io.StringIO()):
         whole, alone = median_times(epoch, steps)

@@ -2,8 +2,9 @@
 
 train.py fits both on a fold's validation clips, never on its test clips, and stores them in the model file's metadata
 as `temperature` and `unknown_threshold`. A model without clean validation clips (VALIDATION "none" or "test_fold") has
-neither: its probabilities stay as the network gives them, and nothing is said of the unknown. measure_unknown.py
-measures how much the warning is worth.
+neither: its probabilities stay as the network gives them, and nothing is said of the unknown. The warning is weak:
+it misses most unknown sounds, and steady noise and speech can look surer than any known clip. measure_unknown.py
+measures by how much.
 """
 
 import math
@@ -93,5 +94,5 @@ def unknown_warning(logits, info):
         return None
     return (
         f"this may be none of the {len(info['class_names'])} classes: its score {score:.2f} is below {threshold:.2f}, "
-        f"as for 1 in {1 / WARNED_SHARE:.0f} clips of known classes (a weak sign; measure_unknown.py says how weak)"
+        f"as for 1 in {1 / WARNED_SHARE:.0f} clips of known classes (a weak sign, and most unknown sounds give none)"
     )

@@ -287,6 +287,8 @@ def commit_files(repo_id, files, message, private=config.HF_PRIVATE):
 
         api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        for operation in operations:  # one by one: for several it starts threads, which Python's end waits for
+            api.preupload_lfs_files(repo_id, [operation], repo_type="model", free_memory=False)
         api.create_commit(repo_id, operations, repo_type="model", commit_message=message)
 
 

@@ -11,6 +11,7 @@ A file waits as a hard link of its own, so that neither pruning nor a kill takes
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 import threading
@@ -72,8 +73,8 @@ def send(outbox, repo_id):
     for name, path in files_below(outbox / "waiting").items():
         target = outbox / "sending" / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # older; and os.replace would leave both names where they are one file
         os.replace(path, target)
-        path.unlink(missing_ok=True)
     files = files_below(outbox / "sending")
     names = list(files)
     for start in range(0, len(names), FILES_PER_COMMIT):
@@ -86,9 +87,11 @@ def send(outbox, repo_id):
 
 
 def forget(checkpoint_dir, folds):
-    """Remove what waits of these folds: --fresh begins them again."""
+    """Remove what waits of these folds, and the report, which speaks for them: --fresh begins them again."""
     for state in ("waiting", "sending"):
         folder = outbox_dir(checkpoint_dir) / state
+        for name in ("README.md", *RESULT_FILES):
+            (folder / name).unlink(missing_ok=True)
         for number in folds:
             shutil.rmtree(checkpoint.fold_dir(folder / "checkpoints", number), ignore_errors=True)
             model_path(folder, number).unlink(missing_ok=True)
@@ -191,10 +194,12 @@ class Publisher:
         self.thread.join(STOP_SECONDS if kind else FINISH_SECONDS)
         if left := files_left(self.outbox):
             names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+            folders = [
+                shlex.quote(str(path)) for path in (self.paths.checkpoints, self.paths.models, self.paths.results)
+            ]
             print(
                 f"warning: {len(left)} files are not on the Hub yet ({names}); to send them: python hub.py push "
-                f"--checkpoint_dir {self.paths.checkpoints} --model_dir {self.paths.models} "
-                f"--results_dir {self.paths.results}",
+                "--checkpoint_dir {} --model_dir {} --results_dir {}".format(*folders),
                 file=sys.stderr,
             )
 
@@ -212,7 +217,10 @@ def push(paths, repo_id):
         if model_path(paths.models, number).is_file():
             add_best(paths, number)
     if (paths.results / "results.json").is_file():
-        add_results(paths, repo_id)
+        try:
+            add_results(paths, repo_id)
+        except (UserError, OSError) as error:  # a report of folds that --fresh has removed since
+            print(f"{error}: the report and the card stay here (python evaluate.py makes it anew)", file=sys.stderr)
     if not left and not files_left(outbox):
         raise UserError(f"nothing to send in {paths.checkpoints}, {paths.models} and {paths.results}: train first")
     start = time.perf_counter()

@@ -171,6 +171,11 @@ def train_epoch(fold, epoch, settings):
                 f"the loss is {loss} in fold {fold.number}, epoch {epoch}, batch {number + 1}, at learning rate "
                 f"{rate:.2e}: try a smaller --learning_rate. The checkpoint of the epoch before is kept"
             )
+    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):  # of the epoch's last step
+        raise UserError(
+            f"the weights are no numbers after fold {fold.number}, epoch {epoch}: try a smaller --learning_rate. "
+            "The checkpoint of the epoch before is kept"
+        )
     return sum(losses) / len(fold.training), torch.stack(correct).sum().item() / len(fold.training)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -241,6 +242,36 @@ def test_a_dead_hub_changes_nothing_in_the_run(server, tmp_path, random_data):
         assert ("not on the Hub yet" in done.stderr) == bool(repo_id)
         outputs.append(results_of(tmp_path / name))
     assert outputs[0] == outputs[1] and len(outputs[0]) == 5
+
+
+def test_ctrl_c_ends_a_run_whose_uploads_stall(server, trained):
+    server.stall("PUT /lfs/.*")
+    client = CLIENT.replace("models.add_best(0)", "models.add_best(0); print('added', flush=True); time.sleep(600)")
+    with subprocess.Popen(
+        [sys.executable, "-c", client, trained],
+        env=environment(server, trained),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        while not any(request.startswith("PUT /lfs/") for request in server.requests):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        try:
+            said = process.communicate(timeout=60)[1]  # the client's own tries would take minutes
+        finally:
+            process.kill()
+    assert "3 files are not on the Hub yet" in said
+
+
+def test_push_goes_on_without_a_report_of_folds_that_are_gone(server, trained):
+    (trained / "results").mkdir()
+    (trained / "results" / "results.json").write_text('{"per_fold": [{"fold": 0}]}')
+    done = run(server, trained, "hub.py", "push", "--assets_dir", trained)
+    assert done.returncode == 0, done.stderr
+    assert "the report and the card stay here" in done.stderr
+    assert len(sent(server)) == 3 and "README.md" not in sent(server)
 
 
 def test_fresh_forgets_what_waits(trained):

@@ -206,7 +206,7 @@ def test_temperature_and_threshold_are_those_of_the_validation_clips(reference, 
         for name, value in expected.items():
             assert state["folds"][str(fold)][name] == pytest.approx(value, abs=2e-4), (fold, name)
         of_test_clips = calibration.fit(*network_outputs(assets, fold, fold + 1, data))
-        assert of_test_clips["unknown_threshold"] != pytest.approx(expected["unknown_threshold"], abs=2e-4)
+        assert any(of_test_clips[name] != pytest.approx(value, abs=2e-4) for name, value in expected.items())
     rows = read_rows(assets / "results" / "predictions_fold_0.csv")[1:]  # raw, and small ones not rounded to 0
     logits, _ = network_outputs(assets, 0, 1, data)
     shares = np.array([row[2:] for row in rows], float)
@@ -599,10 +599,12 @@ def test_bad_flags_are_named(flags, named, run_train, tmp_path):
 def test_loss_that_is_no_number_is_named_and_the_last_checkpoint_kept(run_train, tmp_path):
     flags = ("--folds", 0, "--epochs", 6, "--validation", "none", "--learning_rate", 1e4)
     line = refusal(run_train(tmp_path, *flags))
-    match = re.search(r"the loss is (nan|inf) in fold 0, epoch (\d), batch (\d), at learning rate \d\.\d\de\+0\d", line)
+    # Where the last step of an epoch is the one too many, its losses are still numbers and its weights are not.
+    loss = r"the loss is (?:nan|inf) in fold 0, epoch (\d), batch \d, at learning rate \d\.\d\de\+0\d"
+    match = re.search(rf"{loss}|the weights are no numbers after fold 0, epoch (\d)", line)
     assert match, line
     assert "--learning_rate" in line
-    kept = int(match[2]) - 1
+    kept = int(match[1] or match[2]) - 1
     assert kept >= 1
     assert checkpoint.load_newest(tmp_path / "checkpoints" / "fold_0")["epoch"] == kept
     assert refusal(run_train(tmp_path, *flags)) == line
