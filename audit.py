@@ -16,14 +16,12 @@ ends with the same checks:
 import csv
 import hashlib
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import batches
 import checkpoint
-import config
 import data_loader
 import utils
 from model import load_model, model_path
@@ -195,11 +193,7 @@ def main():
     parser.add_argument("--model_dir", metavar="DIR", help="models (default: models/ in the assets)")
     parser.add_argument("--results_dir", metavar="DIR", help="predictions (default: results/ in the assets)")
     args = parser.parse_args()
-    paths = SimpleNamespace(
-        processed=utils.folder(args.processed_dir, args.assets_dir, config.PROCESSED_DIR),
-        models=utils.folder(args.model_dir, args.assets_dir, config.MODEL_DIR),
-        results=utils.folder(args.results_dir, args.assets_dir, config.RESULTS_DIR),
-    )
+    paths = utils.run_folders(args)
     if not report(paths):
         sys.exit(1)
 

@@ -96,7 +96,7 @@ def machine():
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    bf16 = ", bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else ""
+    bf16 = ", bf16" if utils.computes_in_bfloat16(CPU) else ""
     capability = torch.backends.cpu.get_cpu_capability()
     python = platform.python_version()
     return f"{name}, {os.cpu_count()} cores, {capability}{bf16}, torch {torch.__version__}, Python {python}"
@@ -132,9 +132,7 @@ def usual_clip(path):
 def floor_clip(path):
     """What no front-end of this kind can do without: decoding, resampling and one FFT a frame."""
     samples = data_loader.fit_clip(data_loader.read_audio(path, AUDIO.sample_rate), AUDIO)
-    padded = np.pad(samples, AUDIO.n_fft // 2)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, AUDIO.n_fft)[:: AUDIO.hop_length]
-    data_loader.rfft(frames * data_loader.hann_window(AUDIO.n_fft), axis=1)
+    data_loader.spectrum(samples, AUDIO)
 
 
 def our_clip(path):
@@ -251,7 +249,7 @@ def benchmark_step():
     size = config.BATCH_SIZE
     features, targets = random_examples(size * STEPS)
     _, ours = new_networks()
-    dtype = torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+    dtype = torch.bfloat16 if utils.computes_in_bfloat16(CPU) else torch.float32
     left, right = torch.randn(2, 2048, 2048).to(dtype)
     # The plain loop has a process of its own, without the allocator's settings that train.py makes.
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

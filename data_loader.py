@@ -130,16 +130,21 @@ def hann_window(length):
     return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)).astype(np.float32)
 
 
+def spectrum(samples, audio):
+    """Return the spectrum of each frame, centred on zero padding: (1 + n // hop_length, 1 + n_fft // 2) complex64."""
+    padded = np.pad(samples, audio.n_fft // 2)  # (n + n_fft,)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, audio.n_fft)[:: audio.hop_length]  # (frames, n_fft)
+    return rfft(frames * hann_window(audio.n_fft), axis=1)
+
+
 def log_mel(samples, audio):
     """Return the log-mel spectrogram of mono samples in dB, shape (n_mels, 1 + n // hop_length) float32.
 
     Equals librosa's `power_to_db(melspectrogram(...))` with its defaults (frames centred on zero padding, power 2,
     reference 1, floor 1e-10) to within rounding.
     """
-    padded = np.pad(samples, audio.n_fft // 2)  # (n + n_fft,)
-    frames = np.lib.stride_tricks.sliding_window_view(padded, audio.n_fft)[:: audio.hop_length]  # (frames, n_fft)
-    spectrum = rfft(frames * hann_window(audio.n_fft), axis=1)  # (frames, 1 + n_fft // 2) complex64
-    power = spectrum.real**2 + spectrum.imag**2
+    frames = spectrum(samples, audio)  # (frames, 1 + n_fft // 2) complex64
+    power = frames.real**2 + frames.imag**2
     mel = power @ mel_filters(audio)  # (frames, n_mels)
     decibels = 10 * np.log10(np.maximum(mel, 1e-10))
     return np.maximum(decibels, decibels.max() - audio.top_db).T

@@ -15,7 +15,6 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import cards
 import config
@@ -108,14 +107,21 @@ def is_lasting(error):
     """Return whether a failure stays until a person does something: an answer by which the Hub refuses, or none."""
     from huggingface_hub import errors
 
-    while error:
-        if isinstance(error, (errors.OfflineModeIsEnabled, errors.HFValidationError)):
+    for cause in _causes(error):
+        if isinstance(cause, (errors.OfflineModeIsEnabled, errors.HFValidationError)):
             return True
-        if isinstance(error, errors.HfHubHTTPError):
-            status = error.response.status_code
+        if isinstance(cause, errors.HfHubHTTPError):
+            status = cause.response.status_code
             return status == 507 or (400 <= status < 500 and status not in (408, 409, 412, 429))
-        error = error.__cause__ or error.__context__
     return False
+
+
+def _causes(error):
+    """Return an error and what it came from, the nearest first."""
+    causes = [error]
+    while error := error.__cause__ or error.__context__:
+        causes.append(error)
+    return causes
 
 
 def explain(error):
@@ -123,9 +129,7 @@ def explain(error):
     import httpx2
     from huggingface_hub import errors
 
-    causes = [error]
-    while error := error.__cause__ or error.__context__:
-        causes.append(error)
+    causes = _causes(error)
     for cause in causes:
         if isinstance(cause, errors.OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set; unset it (and TRANSFORMERS_OFFLINE) to use the Hub"
@@ -271,10 +275,6 @@ def _amount(total):
 # --- Models ------------------------------------------------------------------------------------------------------
 
 
-def _model_file(fold):
-    return f"model_fold_{fold}_best.safetensors"  # as model.model_path has it, without the import of torch
-
-
 def commit_files(repo_id, files, message, private=config.HF_PRIVATE):
     """Send files to a model repository, which is made if needed, in one commit. UserError if it fails.
 
@@ -297,7 +297,9 @@ def fetch_model(repo_id, fold):
 
     UserError names the repository, the reason and the remedy, or the folds that it has.
     """
-    name = _model_file(fold)
+    from model import model_path  # imports torch, which preprocessing does without
+
+    name = model_path("", fold).name
     with failures(f"can't fetch {name} from {repo_id} on the Hub"):
         api = connect()
         from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -305,7 +307,8 @@ def fetch_model(repo_id, fold):
         try:
             return Path(api.hf_hub_download(repo_id, name))
         except RemoteEntryNotFoundError:
-            there = [number for number in range(10) if _model_file(number) in api.list_repo_files(repo_id)]
+            files = api.list_repo_files(repo_id)
+        there = [number for number in range(10) if model_path("", number).name in files]
         raise UserError(f"it has the folds {there}; choose one with --fold_num" if there else "it holds no model")
 
 
@@ -324,20 +327,16 @@ def parse_args():
 
 def main():
     args = parse_args()
+    paths = utils.run_folders(args)
     if not config.HF_REPO_ID and not config.HF_MODEL_REPO_ID:
         raise UserError(
             'HF_REPO_ID and HF_MODEL_REPO_ID are empty; set one, in config.py or the environment, to "owner/name"'
         )
     if config.HF_REPO_ID:
-        push_processed(utils.folder(args.processed_dir, args.assets_dir, config.PROCESSED_DIR), config.HF_REPO_ID)
+        push_processed(paths.processed, config.HF_REPO_ID)
     if config.HF_MODEL_REPO_ID:
         import publisher
 
-        paths = SimpleNamespace(
-            checkpoints=utils.folder(args.checkpoint_dir, args.assets_dir, config.CHECKPOINT_DIR),
-            models=utils.folder(args.model_dir, args.assets_dir, config.MODEL_DIR),
-            results=utils.folder(args.results_dir, args.assets_dir, config.RESULTS_DIR),
-        )
         publisher.push(paths, config.HF_MODEL_REPO_ID)
 
 

@@ -83,10 +83,12 @@ class Tracker:
 
     def end_fold(self, fold, run, data, paths):
         """Log a tested fold's scores, best weights and mistakes."""
+        from model import model_path  # imports torch, which the process that runs wandb does without
+
         with self._going_on():
             if self.is_on:
                 scores = run.state["folds"][str(fold.number)]
-                model = str(weights_path(fold, paths))
+                model = str(model_path(paths.models, fold.number).absolute())
                 self._tell("log_result", scores=scores, model=model, mistakes=pick_mistakes(fold, data, paths))
 
     def log_summary(self, run, results, results_dir):
@@ -162,11 +164,6 @@ def warn(text, stream=None):
 
 def one_line(error):
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-
-
-def weights_path(fold, paths):
-    """As model.model_path, which imports torch: the process of wandb does without."""
-    return Path(paths.models).absolute() / f"model_fold_{fold.number}_best.safetensors"
 
 
 def pick_mistakes(fold, data, paths):

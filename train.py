@@ -19,7 +19,6 @@ import math
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 # Read when torch loads OpenMP. Its threads would otherwise spin while they wait, and two trainings side by side on the
 # same cores take 15 times as long as one rather than twice; alone this costs under 5 %.
@@ -171,7 +170,8 @@ def train_epoch(fold, epoch, settings):
                 f"the loss is {loss} in fold {fold.number}, epoch {epoch}, batch {number + 1}, at learning rate "
                 f"{rate:.2e}: try a smaller --learning_rate. The checkpoint of the epoch before is kept"
             )
-    if not all(tensor.isfinite().all() for tensor in network.state_dict().values()):  # of the epoch's last step
+    are_finite = torch.stack([tensor.isfinite().all() for tensor in network.state_dict().values()])
+    if not are_finite.all():  # after the epoch's last step
         raise UserError(
             f"the weights are no numbers after fold {fold.number}, epoch {epoch}: try a smaller --learning_rate. "
             "The checkpoint of the epoch before is kept"
@@ -371,12 +371,7 @@ def test_fold(fold, data, paths, run):
 
 def main():
     args = parse_args()
-    paths = SimpleNamespace(
-        processed=utils.folder(args.processed_dir, args.assets_dir, config.PROCESSED_DIR),
-        models=utils.folder(args.model_dir, args.assets_dir, config.MODEL_DIR),
-        checkpoints=utils.folder(args.checkpoint_dir, args.assets_dir, config.CHECKPOINT_DIR),
-        results=utils.folder(args.results_dir, args.assets_dir, config.RESULTS_DIR),
-    )
+    paths = utils.run_folders(args)
     utils.keep_freed_memory()
     device = utils.pick_device(args.device)
     data = load_data(paths.processed)

@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import config
 import safe_pickle
@@ -94,6 +95,16 @@ def make_parser(script_doc):
 def folder(flag, assets_dir, below):
     """Return the folder that a flag names, else `below` (a `..._DIR` of config.py) under the assets folder."""
     return Path(flag) if flag else Path(assets_dir) / below
+
+
+def run_folders(args):
+    """Return a run's folders, .processed, .checkpoints, .models and .results, by its flags or else by config.py."""
+    return SimpleNamespace(
+        processed=folder(getattr(args, "processed_dir", None), args.assets_dir, config.PROCESSED_DIR),
+        checkpoints=folder(getattr(args, "checkpoint_dir", None), args.assets_dir, config.CHECKPOINT_DIR),
+        models=folder(getattr(args, "model_dir", None), args.assets_dir, config.MODEL_DIR),
+        results=folder(getattr(args, "results_dir", None), args.assets_dir, config.RESULTS_DIR),
+    )
 
 
 def positive_int(text):
@@ -257,16 +268,21 @@ def pick_device(name=config.DEVICE):
         raise UserError(f"device {name!r} can't be used here ({reason}); try --device auto") from error
 
 
+def computes_in_bfloat16(device):
+    """Return whether a device's processor computes in bfloat16, rather than emulating it."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def autocast(device, precision=config.PRECISION):
     """Return the context in which the network runs: bfloat16 where the processor computes in it, else float32."""
     import torch
 
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    enabled = precision == "bfloat16" or (precision == "auto" and bool(native))
+    enabled = precision == "bfloat16" or (precision == "auto" and computes_in_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must no
 
 import numpy as np
 import pytest
+from hub_server import HubServer
 from warm_start import WarmScripts
 
 import data_loader
@@ -75,3 +76,18 @@ def random_data():
         data_loader.save_processed(folder, features, labels, folds, clips, audio, "random")
 
     return write
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, random_data):
+    """The processed files of 24 random clips: 3 folds, 2 classes. Read it, don't write."""
+    folder = tmp_path_factory.mktemp("data")
+    random_data(folder)
+    return folder
+
+
+@pytest.fixture
+def server():
+    """A Hugging Face Hub on this machine."""
+    with HubServer() as server:
+        yield server

@@ -36,13 +36,6 @@ def small_disk(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, random_data):
-    folder = tmp_path_factory.mktemp("data")
-    random_data(folder)
-    return folder
-
-
 def one_line(done):
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hub_server import USER, HubServer
+from hub_server import USER
 
 import cards
 import data_loader
@@ -40,12 +40,6 @@ for function, folder, repository in json.loads(sys.argv[1]):
     outcomes.append([outcome, said.getvalue().splitlines()])
 print(json.dumps(outcomes))
 """
-
-
-@pytest.fixture
-def server():
-    with HubServer() as server:
-        yield server
 
 
 @pytest.fixture

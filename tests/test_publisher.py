@@ -27,18 +27,11 @@ from types import SimpleNamespace
 import publisher
 root = Path(sys.argv[1])
 paths = SimpleNamespace(checkpoints=root / "checkpoints", models=root / "models", results=root / "results")
-start = time.monotonic()
 with publisher.Publisher(paths) as models:
     for epoch in (1, 2):
         models.add_epoch(SimpleNamespace(number=0, newest={"epoch": epoch}))
     models.add_best(0)
 """
-
-
-@pytest.fixture
-def server():
-    with HubServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -88,13 +88,6 @@ def summary_of(files):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, random_data):
-    folder = tmp_path_factory.mktemp("data")
-    random_data(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def tracked_scripts(tmp_path_factory):
     """As `scripts`, for runs that are tracked."""
     with pytest.MonkeyPatch.context() as patch:

@@ -34,14 +34,6 @@ EPOCH_LINE = re.compile(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, random_data):
-    """The processed files of 24 clips: 3 folds, 2 classes."""
-    folder = tmp_path_factory.mktemp("data")
-    random_data(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def reference(tmp_path_factory, data, run_script):
     """(assets folder, CompletedProcess) of one training that nothing interrupted. Read it, don't write."""
     assets = tmp_path_factory.mktemp("reference") / "assets"
