@@ -103,6 +103,19 @@ def test_ten_folds_in_few_commits_with_every_model_and_the_card(server, tmp_path
     assert cached.stdout == done.stdout
 
 
+def test_a_fresh_folder_trains_from_the_data_set_it_fetched(server, tmp_path, data):
+    own = {"HF_REPO_ID": f"{USER}/data", "HF_MODEL_REPO_ID": ""}
+    done = run(server, tmp_path, "hub.py", "push", "--processed_dir", data, **own)
+    assert done.returncode == 0, done.stderr
+    flags = ["--epochs", "1", "--folds", "0"]
+    done = run(server, tmp_path, *TRAIN, *flags, "--assets_dir", tmp_path / "fresh", **own)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "fresh" / "data" / "features.pkl").read_bytes() == (data / "features.pkl").read_bytes()
+    done = run(server, tmp_path, *TRAIN, *flags, "--processed_dir", data, "--assets_dir", tmp_path / "local", **own)
+    assert done.returncode == 0, done.stderr
+    assert results_of(tmp_path / "fresh") == results_of(tmp_path / "local")
+
+
 def check_card(text, results):
     """Compare a model card with the results, read as the Hub reads it."""
     from huggingface_hub import ModelCard
