@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import audio_reader
 import batches
 import checkpoint
 import config
@@ -44,7 +45,7 @@ import publisher
 import tracking
 import train
 import utils
-from model import AudioCNN
+from model import AudioCNN, find_model, load_model
 
 REPOSITORY = Path(__file__).resolve().parent
 STAGES = ("preprocess", "train", "predict", "scale")
@@ -54,10 +55,9 @@ COMPARED_STEPS = 50  # of the losses of ours and the plain loop
 EPOCH_CLIPS = 960  # training clips of the epochs whose overhead is measured
 PUBLISHED_RATES = (44_100, 48_000)  # Hz; most of UrbanSound8K, stereo, 16 and 24 bit
 CLIPS_A_TURN = 256
-WARM_CLIPS = 200  # whose results come before every worker has started
+WARM_CLIPS = 600  # whose results come before every worker has started
 SCALES = (1_000, 8_732, 40_000)  # clips; the middle one is UrbanSound8K
 AUDIO = data_loader.AudioSettings()
-SETTINGS = ("epochs", "batch_size", "learning_rate", "seed", *batches.augmentation_settings())  # flags of train.py
 CPU = torch.device("cpu")
 
 
@@ -131,7 +131,7 @@ def usual_clip(path):
 
 def floor_clip(path):
     """What no front-end of this kind can do without: decoding, resampling and one FFT a frame."""
-    samples = data_loader.fit_clip(data_loader.read_audio(path, AUDIO.sample_rate), AUDIO)
+    samples = data_loader.fit_clip(audio_reader.read_audio(path, AUDIO.sample_rate), AUDIO)
     data_loader.spectrum(samples, AUDIO)
 
 
@@ -147,7 +147,7 @@ def benchmark_preprocess(folder, clips_dir):
     paths = (paths * (CLIPS_A_TURN // len(paths) + 1))[:CLIPS_A_TURN]
     few = paths[: CLIPS_A_TURN // 8]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(config.WORKERS, spawn) as pool:
+    with concurrent.futures.ProcessPoolExecutor(config.WORKERS, spawn, preprocess_data.start_worker) as pool:
 
         def in_pool(function):
             for _ in pool.map(function, paths, chunksize=preprocess_data.CLIPS_PER_TASK):
@@ -195,15 +195,14 @@ def plain_loop(network, features, targets, batch_size, steps):
     return losses
 
 
-@functools.cache
-def plain_start():
-    network, _ = new_networks()
-    return network, *random_examples(config.BATCH_SIZE * STEPS)
-
-
 def plain_turn():
-    """Run the plain loop's steps of one turn, in a process that has made network and examples in its first turn."""
-    plain_loop(*plain_start(), config.BATCH_SIZE, STEPS)
+    """Return the seconds of the plain loop's steps, after a few that are not counted. Runs in a process of its own."""
+    network, _ = new_networks()
+    features, targets = random_examples(config.BATCH_SIZE * STEPS)
+    plain_loop(network, features, targets, config.BATCH_SIZE, STEPS // 4)
+    start = time.perf_counter()
+    plain_loop(network, features, targets, config.BATCH_SIZE, STEPS)
+    return time.perf_counter() - start
 
 
 def our_loop(network, features, targets, batch_size, steps, precision=config.PRECISION):
@@ -251,13 +250,16 @@ def benchmark_step():
     _, ours = new_networks()
     dtype = torch.bfloat16 if utils.computes_in_bfloat16(CPU) else torch.float32
     left, right = torch.randn(2, 2048, 2048).to(dtype)
-    # The plain loop has a process of its own, without the allocator's settings that train.py makes.
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        theirs, mine, matrix = median_times(
-            lambda: pool.submit(plain_turn).result(),
-            lambda: our_loop(ours, features, targets, size, STEPS),
-            lambda: left @ right,
-        )
+    # Without the allocator's settings that train.py makes, the plain loop's speed is another in each process: a fresh
+    # one a turn.
+    spawn = multiprocessing.get_context("spawn")
+    turns = []
+    for _ in range(TURNS):
+        with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+            plain = pool.submit(plain_turn).result()
+        loop = functools.partial(our_loop, ours, features, targets, size, STEPS)
+        turns.append([plain, *median_times(loop, lambda: left @ right, turns=1)])
+    theirs, mine, matrix = map(statistics.median, zip(*turns, strict=True))
     rate = 2 * 2048**3 / matrix  # FLOP/s
     floor = flops_of_step(features[:size], targets[:size]) / size / rate
     theirs, mine = theirs / (size * STEPS), mine / (size * STEPS)
@@ -327,8 +329,7 @@ def benchmark_overhead(folder, n_clips=EPOCH_CLIPS):
     """Return a row: whole epochs of train.py with checkpoint, JSON and lines, against their steps alone."""
     write_random_data(folder / "data", [20, n_clips])
     data = data_loader.load_processed(folder / "data")
-    arguments = SimpleNamespace(**{name: getattr(config, name.upper()) for name in SETTINGS}, validation="none")
-    settings = train.training_settings(arguments, data)
+    settings = train.training_settings(SimpleNamespace(validation="none"), data)
     paths = SimpleNamespace(checkpoints=folder / "checkpoints", models=folder / "models", results=folder / "results")
     run = checkpoint.Run(paths, settings, [0])
     features = torch.from_numpy(data.features)
@@ -410,11 +411,11 @@ def benchmark_predict(folder):
         lambda: run_command([sys.executable, "predict.py", clip, "--assets_dir", folder]),
         lambda: run_command([sys.executable, "-c", "import torch"]),
     )
-    network, info = predict.load_model(predict.find_model(folder / config.MODEL_DIR, 0))
-    samples = data_loader.read_audio(clip, AUDIO.sample_rate)
+    network, info = load_model(find_model(folder / config.MODEL_DIR, 0))
+    samples = audio_reader.read_audio(clip, AUDIO.sample_rate)
     warm, decode, features = median_times(
-        lambda: predict.predict(network, info, data_loader.read_audio(clip, AUDIO.sample_rate)),
-        lambda: data_loader.read_audio(clip, AUDIO.sample_rate),
+        lambda: predict.predict(network, info, audio_reader.read_audio(clip, AUDIO.sample_rate)),
+        lambda: audio_reader.read_audio(clip, AUDIO.sample_rate),
         lambda: data_loader.clip_features(samples, AUDIO),
         turns=20,
     )

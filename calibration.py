@@ -83,16 +83,20 @@ def fault(info):
     return None
 
 
-def unknown_warning(logits, info):
-    """Return a line that warns if a recording may be none of the model's classes, else None.
+def unknown_warning(scores, infos):
+    """Return a line that warns if a recording may be none of the models' classes, else None.
 
-    logits: (B, classes) of the recording's windows; the mean of their scores counts. None, too, without a threshold.
+    scores: (models,), each model's mean score over the recording's windows; infos: metadata of the models. The warning
+    comes where most of the models that have a threshold say so.
     """
-    threshold = info.get("unknown_threshold")
-    score = unknown_score(logits).mean().item()
-    if threshold is None or score >= threshold:
+    votes = [
+        score < info["unknown_threshold"]
+        for score, info in zip(scores.tolist(), infos, strict=True)
+        if info.get("unknown_threshold") is not None
+    ]
+    if 2 * sum(votes) <= len(votes):
         return None
     return (
-        f"this may be none of the {len(info['class_names'])} classes: its score {score:.2f} is below {threshold:.2f}, "
-        f"as for 1 in {1 / WARNED_SHARE:.0f} clips of known classes (a weak sign, and most unknown sounds give none)"
+        f"this may be none of the {len(infos[0]['class_names'])} classes: it scores lower than "
+        f"{1 - WARNED_SHARE:.0%} of known clips (a weak sign, and most unknown sounds give none)"
     )

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+NOT_IMPORTED = {"sounddevice"}  # it needs PortAudio, and playing and listening, which are optional, say so themselves
 
 
 def read_pins(path):
@@ -29,6 +30,8 @@ def check_package(package):
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "missing", "is not installed"
+    if package in NOT_IMPORTED:
+        return version, None
     try:
         importlib.import_module(package.replace("-", "_"))
     except Exception as error:  # a broken binary raises anything: OSError, RuntimeError, SystemError ...

@@ -31,11 +31,13 @@ SHORT_CLIPS = "repeat"  # clips under CLIP_SECONDS: "repeat" them to full length
 FEATURE_DTYPE = "float16"  # of the stored features; float16 rounds by at most 0.03 dB and halves file and memory
 
 # --- Training ----------------------------------------------------------------------------------------------------
-MODEL = "AudioCNN"  # a class in model.py
+MODEL = "AudioCNN"  # a class in model.py; "AudioTrio" is three of them, at three times the cost
 EPOCHS = 80
+QUICK_SHARE = 0.1  # of EPOCHS that train.py --quick trains
 BATCH_SIZE = 32  # clips
-LEARNING_RATE = 3e-3  # peak of the one-cycle schedule
-WARMUP_SHARE = 0.3  # of all steps; the learning rate rises until there, then falls to zero
+LEARNING_RATE = 3e-3  # peak of the schedule
+SCHEDULE = "one_cycle"  # or "constant"
+WARMUP_SHARE = 0.3  # of all steps of the one cycle; the learning rate rises until there, then falls to zero
 WEIGHT_DECAY = 1e-2  # AdamW's, on every weight that is not a bias or a norm
 LABEL_SMOOTHING = 0.1
 BLOCK_DROPOUT = 0.1  # after each convolution block
@@ -49,9 +51,7 @@ MIXUP_ALPHA = 0.3  # Beta(a, a) of mixup (Zhang et al. 2018, arXiv:1710.09412)
 BAND_SHIFT = 5  # mel bands; random shift up or down by at most this many
 BAND_STRETCH = 0.1  # random stretch of the mel axis by up to this share
 GAIN_DB = 6.0  # dB; random level up or down by at most this
-FILTER_DB = (
-    6.0  # dB; random frequency response within this, as of another microphone (Nam et al. 2022, arXiv:2110.03282)
-)
+FILTER_DB = 6.0  # dB; random frequency response within this, as of another microphone (Nam et al., arXiv:2110.03282)
 MASK_BANDS = 16  # mel bands; longest SpecAugment frequency mask (Park et al. 2019, arXiv:1904.08779)
 MASK_FRAMES = 16  # frames; longest SpecAugment time mask
 

@@ -312,6 +312,18 @@ def fetch_model(repo_id, fold):
         raise UserError(f"it has the folds {there}; choose one with --fold_num" if there else "it holds no model")
 
 
+def model_folds(repo_id):
+    """Return the folds, 0-indexed, whose models a repository holds. UserError if there is none."""
+    from model import model_path
+
+    with failures(f"can't list the models of {repo_id} on the Hub"):
+        files = connect().list_repo_files(repo_id)
+        there = [number for number in range(10) if model_path("", number).name in files]
+        if not there:
+            raise UserError("it holds no model")
+    return there
+
+
 # --- By hand -----------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
+import audio_reader
 import config
 import data_loader
 import hub
@@ -75,7 +76,11 @@ def clip_key(clip):
 
 
 def start_worker():
-    """Let a worker end with the process that started it, even if that was killed and can't say so."""
+    """Let a worker end with the process that started it, even if that was killed and can't say so.
+
+    It keeps its memory from one clip to the next: fresh pages took a third of a clip's time.
+    """
+    utils.keep_freed_memory()
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -96,7 +101,7 @@ def interrupts_held():
 def process_clip(path, audio):
     """Return (features, None) of one clip, or (None, the reason) if it can't be read."""
     try:
-        return data_loader.clip_features(data_loader.read_audio(path, audio.sample_rate), audio), None
+        return data_loader.clip_features(audio_reader.read_audio(path, audio.sample_rate), audio), None
     except UserError as error:
         return None, str(error)
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+import audio_reader
 import config
-import data_loader
 import evaluate
 import utils
 from utils import UserError
@@ -306,7 +306,7 @@ class Follower:
         """Return a clip's sound, if its file is there."""
         path = self.dataset / "audio" / f"fold{clip['dataset_fold']}" / clip["name"]
         try:
-            samples = data_loader.read_audio(path, config.SAMPLE_RATE)
+            samples = audio_reader.read_audio(path, config.SAMPLE_RATE)
         except UserError:
             return None
         return self.wandb.Audio(samples, sample_rate=config.SAMPLE_RATE)

@@ -41,10 +41,23 @@ import hub
 import publisher
 import tracking
 import utils
-from model import build_model, check_state, count_parameters, model_path, save_model
+from model import MODELS, build_model, check_state, count_parameters, model_path, save_model
 from utils import UserError
 
 EVALUATION_BATCH = 64  # clips
+SCHEDULES = ("one_cycle", "constant")
+FLAGS = (  # settings of config.py that the result depends on and that a flag overrides
+    "model",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "schedule",
+    "weight_decay",
+    "label_smoothing",
+    *batches.augmentation_settings(),
+    "validation",
+    "seed",
+)
 
 
 # --- Settings ----------------------------------------------------------------------------------------------------
@@ -58,7 +71,10 @@ def parse_args():
     add("--checkpoint_dir", metavar="DIR", help="default: checkpoints/ in the assets")
     add("--results_dir", metavar="DIR", help="predictions and report (default: results/ in the assets)")
     add("--folds", type=utils.parse_folds, help="0-indexed folds to train and test, as in 0,3-5 (default: all present)")
+    add("--model", choices=MODELS, default=config.MODEL, help=f"default: {config.MODEL} (see model.py)")
     add("--epochs", type=utils.positive_int, default=config.EPOCHS, help=f"default: {config.EPOCHS}")
+    quick = max(round(config.QUICK_SHARE * config.EPOCHS), 1)
+    add("--quick", action="store_const", dest="epochs", const=quick, help=f"a quick look: {quick} epochs")
     add("--batch_size", type=utils.positive_int, default=config.BATCH_SIZE, help=f"clips; default: {config.BATCH_SIZE}")
     add(
         "--learning_rate",
@@ -66,6 +82,7 @@ def parse_args():
         default=config.LEARNING_RATE,
         help=f"peak of the schedule; default: {config.LEARNING_RATE}",
     )
+    add("--schedule", choices=SCHEDULES, default=config.SCHEDULE, help=f"default: {config.SCHEDULE} (see config.py)")
     add(
         "--validation",
         choices=batches.VALIDATIONS,
@@ -73,7 +90,8 @@ def parse_args():
         help=f"which clips choose the epoch that is tested; default: {config.VALIDATION} (see config.py)",
     )
     add("--seed", type=int, default=config.SEED, help=f"default: {config.SEED}")
-    for name, value in batches.augmentation_settings().items():
+    for name in ("weight_decay", "label_smoothing", *batches.augmentation_settings()):
+        value = getattr(config, name.upper())
         add(f"--{name}", type=check_config.number_for(name.upper()), default=value, help=f"default: {value}")
     add("--device", default=config.DEVICE, help=f"auto, cpu, cuda, cuda:1, mps; default: {config.DEVICE}")
     add("--fresh", action="store_true", help="remove what an earlier run left for these folds and start again")
@@ -81,20 +99,15 @@ def parse_args():
 
 
 def training_settings(args, data):
-    """Return everything that the result depends on: checked on resume, stored with checkpoints and results."""
+    """Return everything that the result depends on: checked on resume, stored with checkpoints and results.
+
+    args: an object with those FLAGS that differ from config.py; data: the Processed data set.
+    """
     return {
-        "model": config.MODEL,
-        "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "learning_rate": args.learning_rate,
+        **{name: getattr(args, name, getattr(config, name.upper())) for name in FLAGS},
         "warmup_share": config.WARMUP_SHARE,
-        "weight_decay": config.WEIGHT_DECAY,
-        "label_smoothing": config.LABEL_SMOOTHING,
         "block_dropout": config.BLOCK_DROPOUT,
         "head_dropout": config.HEAD_DROPOUT,
-        **{name: getattr(args, name) for name in batches.augmentation_settings()},
-        "validation": args.validation,
-        "seed": args.seed,
         "precision": config.PRECISION,
         "data": data.info["fingerprint"],
     }
@@ -115,10 +128,12 @@ def load_data(processed_dir):
 def learning_rate_at(step, total_steps, settings):
     """Return the learning rate of a step (0-indexed): one cosine up from a 25th of the peak, one down to zero.
 
-    The one-cycle schedule of Smith and Topin 2018 (arXiv:1708.07120) with cosine halves. A function of the step alone:
-    a resumed run needs no scheduler state.
+    That is "one_cycle", the schedule of Smith and Topin 2018 (arXiv:1708.07120) with cosine halves; "constant" is the
+    peak throughout. A function of the step alone: a resumed run needs no scheduler state.
     """
     peak = settings["learning_rate"]
+    if settings["schedule"] == "constant":
+        return peak
     warmup_steps = settings["warmup_share"] * total_steps
     if step < warmup_steps:
         low, high, progress = peak / 25, peak, step / warmup_steps
@@ -133,12 +148,13 @@ def train_step(network, optimizer, inputs, wanted, label_smoothing, precision=co
     inputs: (B, 1, n_mels, frames) float32; wanted: (B, classes) soft targets.
     """
     with utils.autocast(inputs.device, precision):
-        logits = network(inputs.contiguous(memory_format=torch.channels_last))  # (B, classes)
-    loss = cross_entropy(logits.float(), wanted, label_smoothing=label_smoothing)
+        logits = network(inputs.contiguous(memory_format=torch.channels_last))  # (B, classes), a set for each branch
+    branches = len(logits) // len(wanted)
+    loss = cross_entropy(logits.float(), wanted.repeat(branches, 1), label_smoothing=label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return loss.detach(), logits.detach()
+    return loss.detach(), logits.detach().view(branches, *wanted.shape).mean(dim=0)
 
 
 def train_epoch(fold, epoch, settings):

@@ -74,15 +74,19 @@ def test_nothing_is_fitted_without_validation_clips():
     assert set(calibration.fit(*sampled(1.0, clips=20))) == {"temperature", "unknown_threshold"}
 
 
-def test_warning_is_for_the_mean_over_the_windows():
+def test_warning_is_what_most_models_say():
     info = {"class_names": ["a", "b"], "unknown_threshold": 5.0}
-    known, unknown = torch.tensor([[9.0, 0.0]]), torch.tensor([[3.0, 0.0]])
-    assert calibration.unknown_warning(known, info) is None
-    warning = calibration.unknown_warning(unknown, info)
-    assert "none of the 2 classes" in warning and len(warning.splitlines()) == 1
-    assert calibration.unknown_warning(torch.cat([known, unknown]), info) is None  # 6.0
-    assert calibration.unknown_warning(torch.cat([known, unknown, unknown, unknown]), info)  # 4.5
-    assert calibration.unknown_warning(unknown, {"class_names": ["a", "b"]}) is None
+    without = {"class_names": ["a", "b"]}
+
+    def warning(scores, infos):
+        return calibration.unknown_warning(torch.tensor(scores), infos)
+
+    assert warning([9.0], [info]) is None
+    assert "none of the 2 classes" in warning([3.0], [info]) and len(warning([3.0], [info]).splitlines()) == 1
+    assert warning([3.0], [without]) is None
+    assert warning([3.0, 9.0], [info, info]) is None
+    assert warning([3.0, 3.0, 9.0], [info, info, info])
+    assert warning([3.0, 3.0, 9.0], [info, without, without])
 
 
 @pytest.mark.parametrize(

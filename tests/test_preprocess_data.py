@@ -16,6 +16,7 @@ import pytest
 import soundfile
 from conftest import REPOSITORY
 
+import audio_reader
 import data_loader
 import preprocess_data
 import utils
@@ -181,7 +182,7 @@ def test_labels_are_the_tables_whatever_the_order_of_the_files(dataset, preproce
     assert data.labels.tolist() == [row["classID"] for row in rows]
     assert list(data.class_names) == sorted(data.class_names)
     for row, features in zip(rows, data.features, strict=True):
-        samples = data_loader.read_audio(clip_path(folder, row), audio.sample_rate)
+        samples = audio_reader.read_audio(clip_path(folder, row), audio.sample_rate)
         assert np.array_equal(features, data_loader.clip_features(samples, audio))
 
 

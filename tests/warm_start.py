@@ -1,4 +1,4 @@
-"""Runs of train.py and predict.py that start at once: forks of one process that has done the importing.
+"""Runs of the scripts that import torch, which start at once: forks of one process that has done the importing.
 
 Importing torch takes two seconds of every run. This file is both sides: a server process that imports the scripts and
 forks a child for each request, which calls the script's main() as its command line would; and `WarmScripts`, which
@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "predict")
+SCRIPTS = ("train", "predict", "explain", "measure_unknown", "play_and_predict_random")
 ALSO_SLOW = ("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "torch._dynamo")
 
 

@@ -1,0 +1,154 @@
+"""What models say of one recording: the distribution, the timeline, and both as text, JSON, CSV and Audacity labels."""
+
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import sys
+
+import numpy as np
+
+import utils
+
+BAR_WIDTH = 40  # characters of a probability of 1
+BOLD, BLUE, YELLOW = "1", "34", "33"  # of a terminal
+COLUMNS = ["start", "end", "class", "confidence"]  # of a timeline; times in s
+SILENCE = "silence"  # in a timeline, where every sample is zero
+
+
+@dataclasses.dataclass
+class Answer:
+    """What models say of one recording, window by window."""
+
+    class_names: list
+    seconds: float
+    starts: np.ndarray  # (windows,) s, rising
+    ends: np.ndarray  # (windows,) s, rising
+    probabilities: np.ndarray  # (windows, classes); NaN where every sample is zero
+    notes: list  # lines
+
+    @property
+    def mean(self):
+        """The distribution of the whole recording, (classes,)."""
+        return np.nanmean(self.probabilities, axis=0)
+
+    @property
+    def best(self):
+        """The place of the likeliest class."""
+        return int(self.mean.argmax())
+
+    def parts(self):
+        """Return (edges, distributions): the times at which windows begin or end, and the mean between two of them.
+
+        edges: (parts + 1,) s; distributions: (parts, classes), of the windows that cover a part, NaN for silence.
+        """
+        edges = np.unique(np.concatenate([self.starts, self.ends]))
+        rows = []
+        for start, end in itertools.pairwise(edges):
+            covering = slice(np.searchsorted(self.ends, end), np.searchsorted(self.starts, start, side="right"))
+            heard = self.probabilities[covering]
+            heard = heard[~np.isnan(heard[:, 0])]
+            rows.append(heard.mean(axis=0) if len(heard) else np.full(len(self.class_names), np.nan))
+        return edges, np.array(rows)
+
+    def timeline(self):
+        """Return [(start in s, end in s, class name, confidence)], parts of one class in a row merged.
+
+        The confidence is the mean of the class's probability over that time.
+        """
+        edges, distributions = self.parts()
+        is_silent = np.isnan(distributions[:, 0])
+        classes = np.where(is_silent, -1, np.nan_to_num(distributions).argmax(axis=1))
+        firsts = [0, *(np.flatnonzero(np.diff(classes)) + 1)]
+        rows = []
+        for first, after in zip(firsts, [*firsts[1:], len(classes)], strict=True):
+            name, confidence = SILENCE, 1.0
+            if classes[first] >= 0:
+                name = self.class_names[classes[first]]
+                lengths = np.diff(edges[first : after + 1])
+                confidence = float(np.average(distributions[first:after, classes[first]], weights=lengths))
+            rows.append((float(edges[first]), float(edges[after]), name, confidence))
+        return rows
+
+
+# --- For people --------------------------------------------------------------------------------------------------
+
+
+def paint(text, colour):
+    """Return text in a terminal's colour, or as it is where there is no terminal or NO_COLOR is set."""
+    has_colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return f"\033[{colour}m{text}\033[0m" if has_colours and text else text
+
+
+def print_distribution(class_names, probabilities, top_k=None):
+    """Print every class, or the top_k likeliest, with its probability and a bar, the most likely first."""
+    width = max(map(len, class_names))
+    for index in np.argsort(-probabilities, kind="stable")[:top_k]:
+        bar = paint("█" * round(float(probabilities[index]) * BAR_WIDTH), BLUE)
+        print(f"  {class_names[index]:<{width}}  {probabilities[index]:6.1%}  {bar}".rstrip())
+
+
+def print_answer(name, answer, model_names, top_k=None):
+    """Print an answer: class, confidence, notes, bars, and of several windows the timeline."""
+    model = model_names[0] if len(model_names) == 1 else f"mean of {len(model_names)} models"
+    many = len(answer.starts) > 1
+    print(f"{name} ({answer.seconds:.2f} s), {model}")
+    of_windows = f" (mean of {len(answer.starts)} windows)" if many else ""
+    print(f"{paint(answer.class_names[answer.best], BOLD)}, confidence {answer.mean[answer.best]:.1%}{of_windows}")
+    for note in answer.notes:
+        print(paint(f"note: {note}", YELLOW))
+    print_distribution(answer.class_names, answer.mean, top_k)
+    if many:
+        width = max(len(class_name) for class_name in [*answer.class_names, SILENCE])
+        print("timeline:")
+        for start, end, class_name, confidence in answer.timeline():
+            print(f"  {clock(start)} - {clock(end)}  {class_name:<{width}}  {confidence:6.1%}")
+
+
+def clock(seconds):
+    """Return a time as h:mm:ss.s."""
+    tenths = round(10 * seconds)
+    return f"{tenths // 36_000}:{tenths // 600 % 60:02d}:{tenths // 10 % 60:02d}.{tenths % 10}"
+
+
+# --- For programs ------------------------------------------------------------------------------------------------
+
+
+def as_json(name, answer, model_names, top_k=None):
+    """Return an answer as one line of JSON. Times in s; probabilities of the top_k classes, the likeliest first."""
+    order = np.argsort(-answer.mean, kind="stable")
+    value = {
+        "file": name,
+        "seconds": round(answer.seconds, 3),
+        "models": model_names,
+        "windows": len(answer.starts),
+        "class": answer.class_names[order[0]],
+        "confidence": round(float(answer.mean[order[0]]), 4),
+        "probabilities": {answer.class_names[n]: round(float(answer.mean[n]), 4) for n in order[:top_k]},
+        "timeline": [dict(zip(COLUMNS, rounded(part), strict=True)) for part in answer.timeline()],
+        "notes": answer.notes,
+    }
+    return json.dumps(value, ensure_ascii=False)
+
+
+def rounded(part):
+    """Return a part of a timeline with times of 1 ms and a confidence of four digits."""
+    start, end, class_name, confidence = part
+    return round(start, 3), round(end, 3), class_name, round(confidence, 4)
+
+
+def save_csv(path, timelines):
+    """Write timelines, {file: [(start, end, class, confidence)]}, as CSV, atomically."""
+    with utils.atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file", *COLUMNS])
+        for name, parts in timelines.items():
+            writer.writerows([name, *rounded(part)] for part in parts)
+
+
+def save_labels(path, parts):
+    """Write a timeline as Audacity's label track (start, end in s and a text, by tabs), atomically."""
+    with utils.atomic_write(path, "w") as file:
+        for start, end, class_name, confidence in parts:
+            print(f"{start:.6f}\t{end:.6f}\t{class_name} {confidence:.0%}", file=file)

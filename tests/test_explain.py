@@ -1,0 +1,110 @@
+"""explain.py: Grad-CAM by its formula and on a network that is known to look at one place; the check by masking."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from untrained import write_model
+
+import explain
+import model
+from model import AudioCNN
+
+
+class Corner(nn.Module):
+    """A network whose second class is the level of the low, early cells; the first class never changes."""
+
+    last_block = ("maps",)
+
+    def __init__(self):
+        super().__init__()
+        self.maps = nn.Conv2d(1, 1, 1, bias=False)
+        self.maps.weight.data.fill_(1.0)
+
+    def forward(self, x):
+        level = self.maps(x)[:, 0, :8, :8].mean(dim=(1, 2))
+        return torch.stack([torch.zeros_like(level), level], dim=1)
+
+
+def test_map_is_the_formula_of_the_paper():
+    torch.manual_seed(0)
+    network = AudioCNN(3, 16).eval()
+    inputs = torch.randn(2, 1, 16, 40)
+    targets = torch.tensor([2, 0])
+    heat = explain.grad_cam(network, inputs.clone(), targets)
+    assert heat.shape == (2, 16, 40)
+    for clip, target, found in zip(inputs, targets, heat, strict=True):
+        maps = network.block3(network.block2(network.block1(clip[None]))).detach().requires_grad_()
+        rest = torch.relu(network.over_bands(maps.mean(dim=3)))
+        network.logits(torch.relu(network.hidden(rest.flatten(1))))[0, target].backward()
+        weights = maps.grad.mean(dim=(2, 3))[0]
+        expected = torch.relu((weights[:, None, None] * maps.detach()[0]).sum(dim=0))
+        expected = nn.functional.interpolate(expected[None, None], (16, 40), mode="bilinear")[0, 0]
+        torch.testing.assert_close(found, expected / expected.max().clamp(min=1e-12))
+
+
+def test_map_leaves_the_network_as_it_was():
+    network = AudioCNN(3, 16).eval()
+    with torch.inference_mode():
+        before = network(torch.ones(1, 1, 16, 40))
+    explain.grad_cam(network, torch.ones(1, 1, 16, 40), torch.tensor([1]))
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not network.block3._forward_hooks
+    with torch.inference_mode():
+        assert torch.equal(network(torch.ones(1, 1, 16, 40)), before)
+
+
+def test_masks_have_the_share_they_should():
+    values = torch.rand(5, 20, 30)
+    top = explain.highest(values)
+    assert top.flatten(1).sum(dim=1).tolist() == [60] * 5
+    assert values[top].min() > 0.8
+    moved = explain.moved(top, torch.Generator().manual_seed(0))
+    assert moved.flatten(1).sum(dim=1).tolist() == [60] * 5 and not torch.equal(moved, top)
+
+
+def test_masking_what_counts_lowers_the_confidence_more():
+    inputs = torch.zeros(20, 1, 24, 24)
+    inputs[:, :, :8, :8] = 3 + torch.rand(20, 1, 8, 8)
+    falls = explain.deletion_falls(Corner().eval(), inputs)
+    top, others = falls["the highest tenth"], [fall for what, fall in falls.items() if what != "the highest tenth"]
+    assert len(others) == 2
+    for fall in others:
+        assert (fall < top).float().mean() >= 0.9
+
+
+def test_every_network_names_a_block_that_it_has():
+    for name, network in model.MODELS.items():
+        made = network(10, 128)
+        assert all(made.get_submodule(block) for block in made.last_block), name
+
+
+def test_command_line(random_data, scripts, tmp_path):
+    random_data(tmp_path / "data")
+    write_model(tmp_path / "models", 0)
+    done = scripts.run("explain", "--fold_num", 0, "--assets_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *rows = done.stdout.splitlines()
+    assert first.startswith("8 clips of fold 0; masked")
+    shares = [
+        re.fullmatch(r"  (.*?) +(-?\d+\.\d) points(; less than the highest tenth in \d+% of the clips)?", row)
+        for row in rows
+    ]
+    assert [match[1] for match in shares] == [
+        "the highest tenth",
+        "the same shape elsewhere",
+        "a tenth of the cells at random",
+    ]
+    done = scripts.run("explain", "--fold_num", 5, "--assets_dir", tmp_path)
+    assert done.returncode == 2 and "--fold_num is one of 0" in done.stderr
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_result_does_not_depend_on_anything_but_the_seed(seed):
+    inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 1, 16, 40)).astype(np.float32))
+    torch.manual_seed(seed)
+    network = AudioCNN(3, 16).eval()
+    first, second = (explain.deletion_falls(network, inputs.clone(), seed) for _ in range(2))
+    assert all(torch.equal(first[what], second[what]) for what in first)
