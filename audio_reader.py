@@ -18,7 +18,7 @@ from utils import UserError
 
 LONGEST_HOURS = 4  # h; a longer recording is refused before memory is taken for the whole of it
 LOUDEST = 1e12  # full scale is 1; beyond it the power of a frame leaves float32's range
-BLOCK_SAMPLES = 1 << 20  # a channel's samples decoded at a time: 24 s at 44.1 kHz
+BLOCK_SAMPLES = 1 << 18  # a channel's samples decoded at a time: 6 s at 44.1 kHz
 LEAST_TAIL = 0.1  # of a hop; so little sound after the last full window gets no window of its own
 
 

@@ -206,7 +206,7 @@ def load_model(path, device="cpu"):
     if audio.n_mels < model.least_shape[0] or audio.n_frames < model.least_shape[1]:
         raise UserError(f"{path} has clips of {audio.shape} mel bands and frames, and its network needs more")
     model.load_state_dict(state)
-    return model.to(device).eval(), info
+    return model.to(device, memory_format=torch.channels_last).eval(), info
 
 
 INFO_KINDS = {

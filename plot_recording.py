@@ -1,5 +1,7 @@
 """The pictures of one recording that predict.py draws: what sounds when (--plot), and why (--explain)."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -9,6 +11,7 @@ import explain
 import plots
 
 MOST_COLUMNS = 2000  # of a picture; more frames are averaged
+TICKS_MINUTES = (0.5, 1, 2, 5, 10, 30, 60, 120)
 TICKS_HZ = (100, 500, 1000, 2000, 5000, 10_000, 20_000)
 
 
@@ -41,7 +44,7 @@ def draw_recording(path, name, answer, sketch):
     name: of the recording; answer: its Answer; sketch: a Sketch that has seen all its windows.
     """
     best = answer.class_names[answer.best]
-    title = f"{plots.label(name)}: {plots.label(best)}, {answer.mean[answer.best]:.0%}"
+    title = f"{plots.label(Path(name).name)}: {plots.label(best)}, {answer.mean[answer.best]:.0%}"
     figure = plots.new_figure(13, 11, title)
     wave, mel, classes = figure.subplots(3, 1, sharex=True, height_ratios=(1, 2, 2))
     extremes, step = reduced(np.concatenate(sketch.extremes), np.min, np.max)
@@ -54,9 +57,12 @@ def draw_recording(path, name, answer, sketch):
     for axes in (wave, mel, classes):
         axes.tick_params(labelsize=12)
         axes.set_xlim(0, answer.seconds)
-    if answer.seconds > 120:
-        classes.xaxis.set_major_formatter(lambda seconds, _: f"{int(seconds) // 60}:{int(seconds) % 60:02d}")
-    classes.set_xlabel("time, min:s" if answer.seconds > 120 else "time, s", fontsize=14)
+    in_minutes = answer.seconds > 120
+    if in_minutes:
+        step = next((step for step in TICKS_MINUTES if answer.seconds <= 600 * step), TICKS_MINUTES[-1])
+        ticks = np.arange(0, answer.seconds, 60 * step)
+        classes.set_xticks(ticks, [f"{tick / 60:g}" for tick in ticks])
+    classes.set_xlabel("time, min" if in_minutes else "time, s", fontsize=14)
     plots.save(figure, path)
 
 
@@ -106,7 +112,9 @@ def draw_explanation(path, name, answer, models, sketch):
     audio, class_name = sketch.audio, plots.label(answer.class_names[answer.best])
     begin = start / audio.sample_rate
     times = begin, begin + audio.clip_seconds
-    figure = plots.new_figure(13, 9, f"{plots.label(name)}: what '{class_name}' ({probability:.0%}) hangs on")
+    figure = plots.new_figure(
+        13, 9, f"{plots.label(Path(name).name)}: what '{class_name}' ({probability:.0%}) hangs on"
+    )
     plain, marked = figure.subplots(2, 1, sharex=True, sharey=True)
     draw_log_mel(figure, plain, features.astype(np.float32), audio, times)
     plain.set_title("log-mel spectrogram, as the network hears it", fontsize=14)

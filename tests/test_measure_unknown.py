@@ -101,8 +101,6 @@ def test_command_line_measures_and_goes_on(random_data, run_script, scripts, tmp
     assert again.returncode == 0, again.stderr
     assert "epoch 1/1" not in again.stdout and again.stdout.count("done already") == 2
     assert all(line in again.stdout for line in table)
-    changed = scripts.run("measure_unknown", *flags[2:], "--epochs", 2)
-    assert changed.returncode == 2 and "--fresh" in changed.stderr
     assert not (tmp_path / "results").exists() and not (tmp_path / "models").exists()
 
 

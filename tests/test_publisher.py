@@ -101,6 +101,9 @@ def test_ten_folds_in_few_commits_with_every_model_and_the_card(server, tmp_path
         assert "confidence" in done.stdout
     cached = run(server, tmp_path / "elsewhere", "predict.py", tmp_path / "clip.wav", *flags, HF_HUB_OFFLINE="1")
     assert cached.stdout == done.stdout
+    flags = ["--from_hub", REPO, "--fold_num", "all", "--quiet"]
+    done = run(server, tmp_path / "elsewhere", "predict.py", tmp_path / "clip.wav", *flags)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
 
 
 def test_a_fresh_folder_trains_from_the_data_set_it_fetched(server, tmp_path, data):
@@ -299,6 +302,7 @@ def test_fresh_forgets_what_waits(trained):
         (["--from_hub", "me/none"], ["me/none", "no such repository"]),
         (["--from_hub", REPO, "--fold_num", "4"], ["it has the folds [0]", "--fold_num"]),
         (["--model_dir", "hf://me/sounds/extra"], ["no valid repository name"]),
+        (["--from_hub", "me/none", "--fold_num", "all"], ["me/none", "no such repository"]),
     ],
 )
 def test_models_that_are_not_there_are_one_line(server, trained, flags, words):
