@@ -30,9 +30,10 @@ def grad_cam(network, inputs, targets):
     """Return which cells speak for a class, (B, n_mels, frames), each from 0 to 1 (the most).
 
     inputs: normalised log-mels (B, 1, n_mels, frames); targets: (B,) places of the classes. Selvaraju et al. 2017
-    (arXiv:1610.02391), equations 1 and 2: the feature maps of the last convolution block, weighted by the mean gradient
-    of the class's logit, summed, and cut at 0; of a network with branches, the sum of their maps. A map is spread to
-    the size of the input between its points.
+    (arXiv:1610.02391): the feature maps of the last convolution block, weighted by the gradient of the class's logit,
+    summed, and cut at 0; of a network with branches, the sum of their maps. The gradient is not averaged over the map,
+    as HiResCAM has it (Draelos and Carin 2020, arXiv:2011.08891): AudioCNN's head weighs each mel band by itself, and
+    with the mean, masking what the map rates highest costs less confidence than masking cells at random.
     """
     maps = []
     blocks = [network.get_submodule(name) for name in network.last_block]
@@ -46,8 +47,7 @@ def grad_cam(network, inputs, targets):
             hook.remove()
     heat = 0
     for gradient, values in zip(gradients, maps, strict=True):
-        weights = gradient.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
-        heat = heat + relu((weights * values.detach()).sum(dim=1, keepdim=True))  # (B, 1, H, W)
+        heat = heat + relu((gradient * values.detach()).sum(dim=1, keepdim=True))  # (B, 1, H, W)
     heat = interpolate(heat, inputs.shape[2:], mode="bilinear")[:, 0]  # (B, n_mels, frames)
     return heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
 
