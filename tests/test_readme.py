@@ -29,6 +29,7 @@ LEFT_OUT = {
     "bash 03_test.sh": INSTALLS,
     "conda activate audio_env": INSTALLS,
     "python download_data.py": "fetches 6 GB: tests/test_download_data.py tests it against loopback",
+    "python benchmark.py": "takes minutes: tests/test_benchmark.py runs a stage of it",
     "HF_REPO_ID=owner/data python preprocess_data.py": NEEDS_ACCOUNT,
     "HF_MODEL_REPO_ID=owner/model python train.py": NEEDS_ACCOUNT,
     "python predict.py recording.wav --from_hub owner/model": NEEDS_ACCOUNT,
