@@ -48,12 +48,14 @@ def environment(server, home, **more):
     return {**os.environ, **server.environment(home), "PYTHONPATH": str(REPOSITORY), "HF_MODEL_REPO_ID": REPO, **more}
 
 
-def run(server, home, *command, **more):
-    command = [sys.executable, *map(str, command)]
-    # The time limit only ends a run in which a client waits for ever.
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=environment(server, home, **more), capture_output=True, text=True, timeout=300
-    )
+def run(scripts, server, home, script, *arguments, **more):
+    """Run a script, or, with "-c", a program in a process of its own, as a client of the server."""
+    env = environment(server, home, **more)
+    if script == "-c":
+        command = [sys.executable, script, *map(str, arguments)]
+        # The time limit only ends a run in which a client waits for ever.
+        return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
+    return scripts.run(script.removesuffix(".py"), *arguments, env=env)
 
 
 def sent(server):
@@ -71,9 +73,9 @@ def results_of(assets):
     }
 
 
-def test_ten_folds_in_few_commits_with_every_model_and_the_card(server, tmp_path, random_data):
+def test_ten_folds_in_few_commits_with_every_model_and_the_card(scripts, server, tmp_path, random_data):
     random_data(tmp_path / "data", n_folds=10, clips_per_fold=4)
-    done = run(server, tmp_path, *TRAIN, "--epochs", "2", "--assets_dir", tmp_path)
+    done = run(scripts, server, tmp_path, *TRAIN, "--epochs", "2", "--assets_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
     files = sent(server)
@@ -89,32 +91,36 @@ def test_ten_folds_in_few_commits_with_every_model_and_the_card(server, tmp_path
     assert publisher.files_left(publisher.outbox_dir(tmp_path / "checkpoints")) == []
 
     commits = len(server.commits(REPO))
-    done = run(server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path)
+    done = run(scripts, server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(server.commits(REPO)) == commits  # nothing twice
 
     demo_data.write_clip(tmp_path / "clip.wav", np.random.default_rng(0).normal(0, 0.1, 22_050), 22_050, "PCM_16")
     (tmp_path / "elsewhere").mkdir()
     for flags in (["--from_hub", REPO], ["--model_dir", f"hf://{REPO}", "--fold_num", "7"]):
-        done = run(server, tmp_path / "elsewhere", "predict.py", tmp_path / "clip.wav", *flags)
+        done = run(scripts, server, tmp_path / "elsewhere", "predict.py", tmp_path / "clip.wav", *flags)
         assert done.returncode == 0, done.stderr
         assert "confidence" in done.stdout
-    cached = run(server, tmp_path / "elsewhere", "predict.py", tmp_path / "clip.wav", *flags, HF_HUB_OFFLINE="1")
+    cached = run(
+        scripts, server, tmp_path / "elsewhere", "predict.py", tmp_path / "clip.wav", *flags, HF_HUB_OFFLINE="1"
+    )
     assert cached.stdout == done.stdout
     flags = ["--from_hub", REPO, "--fold_num", "all", "--quiet"]
-    done = run(server, tmp_path / "elsewhere", "predict.py", tmp_path / "clip.wav", *flags)
+    done = run(scripts, server, tmp_path / "elsewhere", "predict.py", tmp_path / "clip.wav", *flags)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
 
 
-def test_a_fresh_folder_trains_from_the_data_set_it_fetched(server, tmp_path, data):
+def test_a_fresh_folder_trains_from_the_data_set_it_fetched(scripts, server, tmp_path, data):
     own = {"HF_REPO_ID": f"{USER}/data", "HF_MODEL_REPO_ID": ""}
-    done = run(server, tmp_path, "hub.py", "push", "--processed_dir", data, **own)
+    done = run(scripts, server, tmp_path, "hub.py", "push", "--processed_dir", data, **own)
     assert done.returncode == 0, done.stderr
     flags = ["--epochs", "1", "--folds", "0"]
-    done = run(server, tmp_path, *TRAIN, *flags, "--assets_dir", tmp_path / "fresh", **own)
+    done = run(scripts, server, tmp_path, *TRAIN, *flags, "--assets_dir", tmp_path / "fresh", **own)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "fresh" / "data" / "features.pkl").read_bytes() == (data / "features.pkl").read_bytes()
-    done = run(server, tmp_path, *TRAIN, *flags, "--processed_dir", data, "--assets_dir", tmp_path / "local", **own)
+    done = run(
+        scripts, server, tmp_path, *TRAIN, *flags, "--processed_dir", data, "--assets_dir", tmp_path / "local", **own
+    )
     assert done.returncode == 0, done.stderr
     assert results_of(tmp_path / "fresh") == results_of(tmp_path / "local")
 
@@ -145,7 +151,7 @@ def test_card_says_optimistic_where_it_is_and_names_a_part(scripts, random_data,
     assert "cc-by-nc" in cards.model_card(results, ["100032-3-0-0.wav"], REPO)
 
 
-def test_killed_run_and_push_end_with_the_same_content(server, tmp_path, random_data):
+def test_killed_run_and_push_end_with_the_same_content(scripts, server, tmp_path, random_data):
     """The Hub takes nothing until the kill: all that the run made waits in the outbox, pruned epochs too."""
     random_data(tmp_path / "data")
     server.fail("POST .*", 503)
@@ -164,18 +170,18 @@ def test_killed_run_and_push_end_with_the_same_content(server, tmp_path, random_
                 break
     assert process.returncode == -signal.SIGKILL
     server.rules.clear()
-    done = run(server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path)
+    done = run(scripts, server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     epochs = {(fold, epoch) for fold, last in ((0, 6), (1, 3)) for epoch in range(1, last + 1)}
     there = {f"checkpoints/fold_{fold}/epoch_{epoch}.safetensors" for fold, epoch in epochs}
     assert there | {"model_fold_0_best.safetensors"} <= set(sent(server))
 
-    done = run(server, tmp_path, *command)
+    done = run(scripts, server, tmp_path, *command)
     assert done.returncode == 0, done.stderr
     after = sent(server)
     random_data(tmp_path / "again" / "data")
     with HubServer() as other:
-        whole = run(other, tmp_path, *command[:-1], tmp_path / "again")
+        whole = run(scripts, other, tmp_path, *command[:-1], tmp_path / "again")
         assert whole.returncode == 0, whole.stderr
         assert after.keys() == sent(other).keys()
         weights = [name for name in after if name.endswith(".safetensors")]
@@ -183,7 +189,7 @@ def test_killed_run_and_push_end_with_the_same_content(server, tmp_path, random_
         assert {name: after[name] for name in weights} == {name: sent(other)[name] for name in weights}
 
 
-def test_a_file_that_changes_while_it_waits_is_sent_once_in_its_last_state(server, trained):
+def test_a_file_that_changes_while_it_waits_is_sent_once_in_its_last_state(scripts, server, trained):
     outbox = publisher.outbox_dir(trained / "checkpoints")
     path = trained / "models" / "model_fold_0_best.safetensors"
     publisher.put(outbox, path.name, path)
@@ -193,7 +199,7 @@ def test_a_file_that_changes_while_it_waits_is_sent_once_in_its_last_state(serve
     path.write_bytes(b"newer")
     publisher.put(outbox, path.name, path)
     path.unlink()  # pruned
-    done = run(server, trained, "-c", CLIENT.replace("models.add_best(0)", ""), trained)
+    done = run(scripts, server, trained, "-c", CLIENT.replace("models.add_best(0)", ""), trained)
     assert done.returncode == 0 and done.stderr == ""
     assert sent(server)[path.name] == b"newer"
     assert [len(files) for _, _, files in server.commits(REPO)][-1] == 4  # with .gitattributes, in one commit
@@ -209,13 +215,13 @@ def test_a_file_that_changes_while_it_waits_is_sent_once_in_its_last_state(serve
         ("offline", ["HF_HUB_OFFLINE is set"]),
     ],
 )
-def test_each_trouble_is_two_lines_and_push_sends_later(server, trained, problem, words):
+def test_each_trouble_is_two_lines_and_push_sends_later(scripts, server, trained, problem, words):
     more = {"HF_HUB_OFFLINE": "1"} if problem == "offline" else {}
     if problem.isdigit():
         server.fail("POST .*", int(problem))
     elif problem != "offline":
         server.throttle("POST .*", retry_after=3000)
-    done = run(server, trained, "-c", CLIENT, trained, **more)
+    done = run(scripts, server, trained, "-c", CLIENT, trained, **more)
     assert done.returncode == 0
     reason, left = done.stderr.splitlines()
     assert all(word in reason for word in words), reason
@@ -223,7 +229,7 @@ def test_each_trouble_is_two_lines_and_push_sends_later(server, trained, problem
     assert "3 files are not on the Hub yet" in left and "python hub.py push" in left
     server.rules.clear()
     flags = left.split("push", 1)[1].split()
-    done = run(server, trained, "hub.py", "push", *flags)
+    done = run(scripts, server, trained, "hub.py", "push", *flags)
     assert done.returncode == 0, done.stderr
     assert set(sent(server)) == {
         "checkpoints/fold_0/epoch_1.safetensors",
@@ -232,28 +238,28 @@ def test_each_trouble_is_two_lines_and_push_sends_later(server, trained, problem
     }
 
 
-def test_short_trouble_is_waited_out(server, trained):
+def test_short_trouble_is_waited_out(scripts, server, trained):
     server.fail("POST .*", 503, times=2)
-    done = run(server, trained, "-c", CLIENT, trained)
+    done = run(scripts, server, trained, "-c", CLIENT, trained)
     assert done.returncode == 0
     assert len(sent(server)) == 3
     assert len(done.stderr.splitlines()) <= 1
 
 
-def test_a_dead_hub_changes_nothing_in_the_run(server, tmp_path, random_data):
+def test_a_dead_hub_changes_nothing_in_the_run(scripts, server, tmp_path, random_data):
     outputs = []
     for name, repo_id in (("with", REPO), ("without", "")):
         random_data(tmp_path / name / "data")
         flags = ["--epochs", "2", "--folds", "0", "--assets_dir", tmp_path / name]
         dead = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_MODEL_REPO_ID": repo_id}
-        done = run(server, tmp_path, *TRAIN, *flags, **dead)
+        done = run(scripts, server, tmp_path, *TRAIN, *flags, **dead)
         assert done.returncode == 0, done.stderr
         assert ("not on the Hub yet" in done.stderr) == bool(repo_id)
         outputs.append(results_of(tmp_path / name))
     assert outputs[0] == outputs[1] and len(outputs[0]) == 5
 
 
-def test_ctrl_c_ends_a_run_whose_uploads_stall(server, trained):
+def test_ctrl_c_ends_a_run_whose_uploads_stall(scripts, server, trained):
     server.stall("PUT /lfs/.*")
     client = CLIENT.replace("models.add_best(0)", "models.add_best(0); print('added', flush=True); time.sleep(600)")
     with subprocess.Popen(
@@ -274,10 +280,10 @@ def test_ctrl_c_ends_a_run_whose_uploads_stall(server, trained):
     assert "3 files are not on the Hub yet" in said
 
 
-def test_push_goes_on_without_a_report_of_folds_that_are_gone(server, trained):
+def test_push_goes_on_without_a_report_of_folds_that_are_gone(scripts, server, trained):
     (trained / "results").mkdir()
     (trained / "results" / "results.json").write_text('{"per_fold": [{"fold": 0}]}')
-    done = run(server, trained, "hub.py", "push", "--assets_dir", trained)
+    done = run(scripts, server, trained, "hub.py", "push", "--assets_dir", trained)
     assert done.returncode == 0, done.stderr
     assert "the report and the card stay here" in done.stderr
     assert len(sent(server)) == 3 and "README.md" not in sent(server)
@@ -305,24 +311,24 @@ def test_fresh_forgets_what_waits(trained):
         (["--from_hub", "me/none", "--fold_num", "all"], ["me/none", "no such repository"]),
     ],
 )
-def test_models_that_are_not_there_are_one_line(server, trained, flags, words):
+def test_models_that_are_not_there_are_one_line(scripts, server, trained, flags, words):
     server.put(REPO, {"model_fold_0_best.safetensors": b"1"})
     demo_data.write_clip(trained / "clip.wav", np.full(2000, 0.1), 22_050, "PCM_16")
-    done = run(server, trained, "predict.py", trained / "clip.wav", *flags)
+    done = run(scripts, server, trained, "predict.py", trained / "clip.wav", *flags)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert all(word in done.stderr for word in words), done.stderr
 
 
-def test_without_the_file_offline_is_one_line(server, trained):
+def test_without_the_file_offline_is_one_line(scripts, server, trained):
     demo_data.write_clip(trained / "clip.wav", np.full(2000, 0.1), 22_050, "PCM_16")
-    done = run(server, trained, "predict.py", trained / "clip.wav", "--from_hub", REPO, HF_HUB_OFFLINE="1")
+    done = run(scripts, server, trained, "predict.py", trained / "clip.wav", "--from_hub", REPO, HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "HF_HUB_OFFLINE is set" in done.stderr
 
 
-def test_push_without_anything_says_so(server, tmp_path):
-    done = run(server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path)
+def test_push_without_anything_says_so(scripts, server, tmp_path):
+    done = run(scripts, server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path)
     assert done.returncode == 2 and "nothing to send" in done.stderr
-    done = run(server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path, HF_MODEL_REPO_ID="")
+    done = run(scripts, server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path, HF_MODEL_REPO_ID="")
     assert done.returncode == 2 and "HF_MODEL_REPO_ID" in done.stderr

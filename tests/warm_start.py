@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "predict", "explain", "measure_unknown", "play_and_predict_random")
+SCRIPTS = ("train", "predict", "explain", "measure_unknown", "play_and_predict_random", "hub")
 ALSO_SLOW = ("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "torch._dynamo")
 
 
@@ -36,11 +36,11 @@ class WarmScripts:
         self.server.stdin.close()
         self.server.wait()
 
-    def start(self, script, *arguments):
-        """Start a script; `wait` must follow."""
+    def start(self, script, *arguments, env=None):
+        """Start a script; `wait` must follow. env: its environment, whole (default: the server's)."""
         self.count += 1
         self.output = self.folder / f"run_{self.count}"
-        request = {"script": script, "arguments": list(map(str, arguments)), "to": str(self.output)}
+        request = {"script": script, "arguments": list(map(str, arguments)), "to": str(self.output), "env": env}
         print(json.dumps(request), file=self.server.stdin, flush=True)
         self.child = int(self.server.stdout.readline())
 
@@ -66,9 +66,9 @@ class WarmScripts:
         status = int(self.server.stdout.readline())
         return subprocess.CompletedProcess(self.output, status, self.printed(), self.printed("stderr"))
 
-    def run(self, script, *arguments):
+    def run(self, script, *arguments, env=None):
         """Run a script to its end and return its CompletedProcess."""
-        self.start(script, *arguments)
+        self.start(script, *arguments, env=env)
         return self.wait()
 
 
@@ -85,13 +85,17 @@ def serve():
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def be_script(script, arguments, to):
-    """Be the script: its arguments, its output, its exit status."""
+def be_script(script, arguments, to, env):
+    """Be the script: its arguments, its output, its environment, its exit status."""
     for stream, descriptor in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(f"{to}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [f"{script}.py", *arguments]
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+        importlib.reload(importlib.import_module("config"))  # which reads it
     status = 1
     try:
         importlib.import_module("utils").run(importlib.import_module(script).main)
