@@ -6,6 +6,7 @@ hand. A clip under another name is not recognised.
 
 import contextlib
 import filecmp
+import functools
 import re
 
 import config
@@ -20,14 +21,20 @@ def find_fold(path, assets_dir, processed_dir=None):
     """Return the data set's fold (1 to 10) of a recording that is one of its clips, else None."""
     if not CLIP_NAME.fullmatch(path.name):
         return None
-    table = utils.folder(processed_dir, assets_dir, config.PROCESSED_DIR) / "clips.csv"
-    with contextlib.suppress(UserError, OSError):  # a table that is missing or damaged tells nothing
-        for clip in data_loader.read_clip_table(table):
-            if clip["slice_file_name"] == path.name:
-                own = assets_dir / config.DATASET_DIR / "audio" / f"fold{clip['fold']}" / path.name
-                is_other = own.is_file() and not filecmp.cmp(own, path, shallow=False)
-                return None if is_other else clip["fold"]
-    return None
+    fold = read_folds(utils.folder(processed_dir, assets_dir, config.PROCESSED_DIR) / "clips.csv").get(path.name)
+    if fold is None:
+        return None
+    own = assets_dir / config.DATASET_DIR / "audio" / f"fold{fold}" / path.name
+    is_other = own.is_file() and not filecmp.cmp(own, path, shallow=False)
+    return None if is_other else fold
+
+
+@functools.cache  # one reading for a whole folder of clips
+def read_folds(table):
+    """Return {clip's file name: fold} of a clips.csv; a table that is missing or damaged tells nothing."""
+    with contextlib.suppress(UserError, OSError):
+        return {clip["slice_file_name"]: clip["fold"] for clip in data_loader.read_clip_table(table)}
+    return {}
 
 
 def note(fold, infos):

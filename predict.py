@@ -2,7 +2,7 @@
 
     python predict.py recording.wav                          # the model of fold 0
     python predict.py street.mp3 --csv timeline.csv --plot street.png
-    python predict.py recordings/ 'more/*.wav' --json       # folders, patterns, several files
+    python predict.py recordings/ 'more/*.wav' --json        # folders, patterns, several files
     cat recording.wav | python predict.py - --quiet          # the class alone
     python predict.py recording.wav --fold_num all           # the mean of all folds' models
     python predict.py recording.wav --model_dir hf://owner/name   # from the Hugging Face Hub
@@ -308,7 +308,7 @@ def main():
     if args.mic:
         import listen
 
-        return listen.listen_to_microphone(lambda samples: predict(*models[0], samples, args.raw), models[0][1])
+        return listen.listen_to_microphone(lambda part: classify([part], models, raw=args.raw).mean, models[0][1])
     recordings = find_recordings(args.recordings)
     timelines, failures = {}, []
     many = len(recordings) > 1

@@ -43,9 +43,9 @@ def test_another_content_or_name_is_another_recording(assets, tmp_path):
 def test_without_or_with_a_damaged_table_nothing_is_known(assets, tmp_path):
     clip = clips(assets, 1)[0]
     assert known_clips.find_fold(clip, tmp_path) is None
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "clips.csv").write_bytes(b"\xff\x00,\n")
-    assert known_clips.find_fold(clip, tmp_path) is None
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "clips.csv").write_bytes(b"\xff\x00,\n")
+    assert known_clips.find_fold(clip, tmp_path, processed_dir=tmp_path / "damaged") is None
 
 
 def info(fold, *training_folds):
