@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -28,18 +29,19 @@ class Answer:
     probabilities: np.ndarray  # (windows, classes); NaN where every sample is zero
     notes: list  # lines
 
-    @property
+    @functools.cached_property
     def mean(self):
         """The distribution of the whole recording, (classes,)."""
         return np.nanmean(self.probabilities, axis=0)
 
-    @property
+    @functools.cached_property
     def best(self):
         """The place of the likeliest class."""
         return int(self.mean.argmax())
 
+    @functools.cached_property
     def parts(self):
-        """Return (edges, distributions): the times at which windows begin or end, and the mean between two of them.
+        """(edges, distributions): the times at which windows begin or end, and the mean between two of them.
 
         edges: (parts + 1,) s; distributions: (parts, classes), of the windows that cover a part, NaN for silence.
         """
@@ -52,12 +54,13 @@ class Answer:
             rows.append(heard.mean(axis=0) if len(heard) else np.full(len(self.class_names), np.nan))
         return edges, np.array(rows)
 
+    @functools.cached_property
     def timeline(self):
-        """Return [(start in s, end in s, class name, confidence)], parts of one class in a row merged.
+        """[(start in s, end in s, class name, confidence)], parts of one class in a row merged.
 
         The confidence is the mean of the class's probability over that time.
         """
-        edges, distributions = self.parts()
+        edges, distributions = self.parts
         is_silent = np.isnan(distributions[:, 0])
         classes = np.where(is_silent, -1, np.nan_to_num(distributions).argmax(axis=1))
         firsts = [0, *(np.flatnonzero(np.diff(classes)) + 1)]
@@ -81,12 +84,17 @@ def paint(text, colour):
     return f"\033[{colour}m{text}\033[0m" if has_colours and text else text
 
 
+def bar(probability):
+    """Return a probability as a bar."""
+    return "█" * round(float(probability) * BAR_WIDTH)
+
+
 def print_distribution(class_names, probabilities, top_k=None):
     """Print every class, or the top_k likeliest, with its probability and a bar, the most likely first."""
     width = max(map(len, class_names))
     for index in np.argsort(-probabilities, kind="stable")[:top_k]:
-        bar = paint("█" * round(float(probabilities[index]) * BAR_WIDTH), BLUE)
-        print(f"  {class_names[index]:<{width}}  {probabilities[index]:6.1%}  {bar}".rstrip())
+        shown = paint(bar(probabilities[index]), BLUE)
+        print(f"  {class_names[index]:<{width}}  {probabilities[index]:6.1%}  {shown}".rstrip())
 
 
 def print_answer(name, answer, model_names, top_k=None):
@@ -102,7 +110,7 @@ def print_answer(name, answer, model_names, top_k=None):
     if many:
         width = max(len(class_name) for class_name in [*answer.class_names, SILENCE])
         print("timeline:")
-        for start, end, class_name, confidence in answer.timeline():
+        for start, end, class_name, confidence in answer.timeline:
             print(f"  {clock(start)} - {clock(end)}  {class_name:<{width}}  {confidence:6.1%}")
 
 
@@ -126,7 +134,7 @@ def as_json(name, answer, model_names, top_k=None):
         "class": answer.class_names[order[0]],
         "confidence": round(float(answer.mean[order[0]]), 4),
         "probabilities": {answer.class_names[n]: round(float(answer.mean[n]), 4) for n in order[:top_k]},
-        "timeline": [dict(zip(COLUMNS, rounded(part), strict=True)) for part in answer.timeline()],
+        "timeline": [dict(zip(COLUMNS, rounded(part), strict=True)) for part in answer.timeline],
         "notes": answer.notes,
     }
     return json.dumps(value, ensure_ascii=False)

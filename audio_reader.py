@@ -51,8 +51,7 @@ def stream_audio(path, sample_rate):
     with open_audio(path) as (file_rate, blocks):
         first, second = next(blocks, None), next(blocks, None)
         if second is None:
-            blocks = iter([]) if first is None else iter([first])
-            resampled = (soxr.resample(block, file_rate, sample_rate, quality="HQ") for block in blocks)
+            resampled = [] if first is None else [soxr.resample(first, file_rate, sample_rate, quality="HQ")]
         else:
             resampled = resample_blocks(itertools.chain([first, second], blocks), file_rate, sample_rate)
         is_empty = True

@@ -97,6 +97,7 @@ def main():
     parser.add_argument("--model_dir", metavar="DIR", help="folder of model files (default: models/ in the assets)")
     parser.add_argument("--processed_dir", metavar="DIR", help="processed files (default: data/ in the assets)")
     args = parser.parse_args()
+    utils.keep_freed_memory()
     folders = utils.run_folders(args)
     network, info = load_model(find_model(folders.models, args.fold_num))
     data = data_loader.load_processed(folders.processed)

@@ -307,20 +307,24 @@ def fetch_model(repo_id, fold):
         try:
             return Path(api.hf_hub_download(repo_id, name))
         except RemoteEntryNotFoundError:
-            files = api.list_repo_files(repo_id)
-        there = [number for number in range(10) if model_path("", number).name in files]
-        raise UserError(f"it has the folds {there}; choose one with --fold_num" if there else "it holds no model")
+            there = folds_at(api, repo_id)
+        raise UserError(f"it has the folds {there}; choose one with --fold_num")
 
 
 def model_folds(repo_id):
     """Return the folds, 0-indexed, whose models a repository holds. UserError if there is none."""
+    with failures(f"can't list the models of {repo_id} on the Hub"):
+        return folds_at(connect(), repo_id)
+
+
+def folds_at(api, repo_id):
+    """Return the folds, 0-indexed, whose models a repository holds. UserError if there is none."""
     from model import model_path
 
-    with failures(f"can't list the models of {repo_id} on the Hub"):
-        files = connect().list_repo_files(repo_id)
-        there = [number for number in range(10) if model_path("", number).name in files]
-        if not there:
-            raise UserError("it holds no model")
+    files = api.list_repo_files(repo_id)
+    there = [number for number in range(10) if model_path("", number).name in files]
+    if not there:
+        raise UserError("it holds no model")
     return there
 
 

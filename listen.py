@@ -8,12 +8,12 @@ import collections
 
 import numpy as np
 
+import answers
 import sound_device
 from utils import UserError
 
 HOP_SECONDS = 1.0  # s from one line to the next
 SMOOTHING = 4  # decisions that a line is the mean of
-BAR_WIDTH = 40  # characters of a probability of 1
 
 
 def cut_windows(blocks, rate, seconds):
@@ -45,7 +45,7 @@ def describe(seconds, window, recent, classify, class_names):
     if not np.isfinite(mean).all():
         raise UserError("the model gives no probabilities for this sound: train or fetch it again")
     best = int(mean.argmax())
-    bar = "█" * round(float(mean[best]) * BAR_WIDTH)
+    bar = answers.bar(mean[best])
     return f"{time}  {class_names[best]:<{max(map(len, class_names))}}  {mean[best]:6.1%}  {bar}".rstrip()
 
 

@@ -14,7 +14,10 @@ assets.
 """
 
 import dataclasses
+import os
 from types import SimpleNamespace
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: see train.py
 
 import numpy as np
 import torch
@@ -134,7 +137,7 @@ def train_without(class_id, fold, known, args):
     """Train a fold on the Processed data set `known`, if that is not done yet, and return its (network, info)."""
     folder = args.assets_dir / "unknown" / f"without_{'none' if class_id is None else class_id}"
     paths = SimpleNamespace(
-        processed=utils.folder(args.processed_dir, args.assets_dir, config.PROCESSED_DIR),
+        processed=utils.run_folders(args).processed,
         models=folder / "models",
         checkpoints=folder / "checkpoints",
         results=folder / "results",
@@ -219,7 +222,7 @@ def mean_row(rows):
 def main():
     args = parse_args()
     utils.keep_freed_memory()
-    data = train.load_data(utils.folder(args.processed_dir, args.assets_dir, config.PROCESSED_DIR))
+    data = train.load_data(utils.run_folders(args).processed)
     ids = {name: class_id for class_id, name in data.class_names.items()}
     names = args.classes.split(",") if args.classes else list(ids)
     if unknown := [name for name in names if name not in ids]:

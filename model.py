@@ -151,14 +151,19 @@ def model_path(model_dir, fold):
     return Path(model_dir) / f"model_fold_{fold}_best.safetensors"
 
 
+def folds_in(model_dir):
+    """Return the 0-indexed folds whose models are in a folder."""
+    return [number for number in range(10) if model_path(model_dir, number).is_file()]
+
+
 def find_model(model_dir, fold):
     """Return a fold's model file; a path to a file stands for itself. UserError lists the folds there are."""
     if model_dir.is_file():
         return model_dir
     path = model_path(model_dir, fold)
     if not path.is_file():
-        there = [str(number) for number in range(10) if model_path(model_dir, number).is_file()]
-        remedy = f"--fold_num is one of {', '.join(there)}" if there else "run python train.py, or name its --model_dir"
+        there = ", ".join(map(str, folds_in(model_dir)))
+        remedy = f"--fold_num is one of {there}" if there else "run python train.py, or name its --model_dir"
         raise UserError(f"no model of fold {fold} in {model_dir}: {remedy}")
     return path
 

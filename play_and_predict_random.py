@@ -126,7 +126,7 @@ def present(clip, data_dir, model_dir, plays):
 def main():
     args = parse_args()
     data_dir = utils.folder(args.data_dir, args.assets_dir, config.DATASET_DIR)
-    model_dir = utils.folder(args.model_dir, args.assets_dir, config.MODEL_DIR)
+    model_dir = utils.run_folders(args).models
     clips = data_loader.read_clip_table(data_dir / "metadata" / "UrbanSound8K.csv")
     clips = keep_testable(choose_clips(clips, args.class_name, args.fold), model_dir)
     if args.count > len(clips):

@@ -89,7 +89,7 @@ def draw_log_mel(figure, axes, log_mel, audio, times):
 
 def draw_probabilities(figure, axes, answer):
     """Draw every class's probability over the parts of a recording; silence stays white."""
-    edges, distributions = answer.parts()
+    edges, distributions = answer.parts
     rows = np.arange(len(answer.class_names) + 1)
     image = axes.pcolormesh(edges, rows, 100 * distributions.T, cmap="Blues", vmin=0, vmax=100)
     axes.set_yticks(rows[:-1] + 0.5, [plots.label(name) for name in answer.class_names], fontsize=12)

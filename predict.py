@@ -44,7 +44,7 @@ import known_clips
 import utils
 from answers import Answer
 from audio_settings import AudioSettings
-from model import find_model, load_model, model_path
+from model import find_model, folds_in, load_model
 from utils import UserError
 
 WINDOWS_AT_ONCE = 8  # in one pass of the network; more are no faster and take more memory
@@ -120,8 +120,7 @@ def find_models(args):
     model_dir = utils.run_folders(args).models
     if args.fold_num != "all" or model_dir.is_file():
         return [find_model(model_dir, args.fold_num)]
-    found = [model_path(model_dir, fold) for fold in range(10) if model_path(model_dir, fold).is_file()]
-    return found or [find_model(model_dir, 0)]  # which says what is missing
+    return [find_model(model_dir, fold) for fold in folds_in(model_dir) or [0]]  # 0: it says what is missing
 
 
 def load_models(paths):
@@ -216,9 +215,9 @@ def grouped(items, size):
         yield group
 
 
-def predict(network, info, samples, raw=False):
+def predict(network, info, samples):
     """Return the class probabilities of mono samples at the model's rate, the mean over windows: (classes,) float32."""
-    return classify([samples], [(network, info)], raw=raw).mean
+    return classify([samples], [(network, info)]).mean
 
 
 # --- The files that a command names ------------------------------------------------------------------------------
@@ -280,7 +279,7 @@ def predict_file(recording, models, model_names, args, n_recordings):
         print(answers.as_json(name, answer, model_names, args.top_k))
     else:
         answers.print_answer(name, answer, model_names, args.top_k)
-    parts = answer.timeline()
+    parts = answer.timeline
     if args.labels:
         answers.save_labels(path_for(args.labels, name, ".txt", n_recordings), parts)
     if args.plot:

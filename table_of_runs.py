@@ -7,6 +7,7 @@ Runs whose settings differ in the seed alone are one row: accuracy of each fold 
 standard deviation over the seeds, and the share of the reference's errors that are gone. Rows are sorted by accuracy.
 """
 
+import json
 import re
 import statistics
 from pathlib import Path
@@ -39,22 +40,19 @@ def read_run(folder):
 
 def group_runs(folders):
     """Return [(settings, [folder], {seed: {fold: accuracy}})], a recipe each. UserError if they differ in the folds."""
-    groups, folds = [], None
+    groups, folds = {}, None
     for folder in folders:
         settings, seed, accuracies = read_run(folder)
         folds = folds or accuracies.keys()
         if accuracies.keys() != folds:
             raise UserError(f"{folder} tests the folds {sorted(accuracies)} and {folders[0]} {sorted(folds)}")
-        for known, names, seeds in groups:
-            if known == settings:
-                if seed in seeds:
-                    raise UserError(f"{folder} and {names[0]} are the same recipe with the same seed, {seed}")
-                names.append(folder)
-                seeds[seed] = accuracies
-                break
-        else:
-            groups.append((settings, [folder], {seed: accuracies}))
-    return groups
+        key = json.dumps(settings, sort_keys=True)
+        _, names, seeds = groups.setdefault(key, (settings, [], {}))
+        if seed in seeds:
+            raise UserError(f"{folder} and {names[0]} are the same recipe with the same seed, {seed}")
+        names.append(folder)
+        seeds[seed] = accuracies
+    return list(groups.values())
 
 
 def differences(settings):

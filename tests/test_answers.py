@@ -22,26 +22,26 @@ def answer(starts, ends, sirens, notes=()):
 
 
 def test_overlapping_windows_are_averaged_and_parts_of_one_class_merged():
-    timeline = answer([0, 2, 4, 6], [4, 6, 8, 10], [0.9, 0.7, 0.2, 0.0]).timeline()
+    timeline = answer([0, 2, 4, 6], [4, 6, 8, 10], [0.9, 0.7, 0.2, 0.0]).timeline
     # 0-2: 0.9; 2-4: 0.8; 4-6: 0.45; 6-8: 0.1; 8-10: 0
     assert [row[:3] for row in timeline] == [(0, 4, "siren"), (4, 10, "dog_bark")]
     assert [row[3] for row in timeline] == pytest.approx([0.85, (0.55 + 0.9 + 1) / 3])
 
 
 def test_parts_of_unlike_length_count_by_their_length():
-    ((start, end, name, confidence),) = answer([0, 2, 3], [4, 6, 7], [0.6, 0.8, 1.0]).timeline()
+    ((start, end, name, confidence),) = answer([0, 2, 3], [4, 6, 7], [0.6, 0.8, 1.0]).timeline
     parts = [(2, 0.6), (1, 0.7), (1, 0.8), (2, 0.9), (1, 1.0)]
     assert (start, end, name) == (0, 7, "siren")
     assert confidence == pytest.approx(sum(length * share for length, share in parts) / 7)
 
 
 def test_one_window_is_one_part():
-    assert answer([0], [1.5], [0.25]).timeline() == [(0, 1.5, "dog_bark", 0.75)]
+    assert answer([0], [1.5], [0.25]).timeline == [(0, 1.5, "dog_bark", 0.75)]
 
 
 def test_silence_is_a_part_of_its_own_and_counts_in_no_mean():
     silent = answer([0, 2, 4, 6, 8], [4, 6, 8, 10, 12], [0.8, None, None, None, 0.6])
-    assert silent.timeline() == [
+    assert silent.timeline == [
         (0, 4, "siren", pytest.approx(0.8)),
         (4, 8, "silence", 1.0),
         (8, 12, "siren", pytest.approx(0.6)),
@@ -52,7 +52,7 @@ def test_silence_is_a_part_of_its_own_and_counts_in_no_mean():
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=1, max_size=12), st.integers(1, 4))
 def test_a_timeline_covers_the_recording_once(sirens, hop):
     starts = np.arange(len(sirens)) * hop
-    timeline = answer(starts, starts + 4, sirens).timeline()
+    timeline = answer(starts, starts + 4, sirens).timeline
     assert timeline[0][0] == 0 and timeline[-1][1] == starts[-1] + 4
     for (_, end, name, _), (start, _, next_name, _) in itertools.pairwise(timeline):
         assert end == start and name != next_name
@@ -87,9 +87,9 @@ def test_json_csv_and_labels_say_the_same(tmp_path):
         (0, 2, "siren", 0.9),
         (2, 6, "dog_bark", 0.7375),
     ]
-    answers.save_csv(tmp_path / "a.csv", {"a,b.wav": long.timeline()})
+    answers.save_csv(tmp_path / "a.csv", {"a,b.wav": long.timeline})
     header, *rows = csv.reader((tmp_path / "a.csv").open(newline=""))
     assert header == ["file", "start", "end", "class", "confidence"]
     assert [(name, float(a), float(b), c, float(d)) for name, a, b, c, d in rows] == [("a,b.wav", *e) for e in expected]
-    answers.save_labels(tmp_path / "a.txt", long.timeline())
+    answers.save_labels(tmp_path / "a.txt", long.timeline)
     assert (tmp_path / "a.txt").read_text() == ("0.000000\t2.000000\tsiren 90%\n2.000000\t6.000000\tdog_bark 74%\n")

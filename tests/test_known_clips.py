@@ -5,7 +5,6 @@ import shutil
 import pytest
 
 import known_clips
-import preprocess_data  # noqa: F401 (its folders are those of the fixture)
 
 
 @pytest.fixture(scope="module")

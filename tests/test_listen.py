@@ -18,6 +18,7 @@ import audio_reader
 import data_loader
 import listen
 import predict
+from answers import BAR_WIDTH
 from model import load_model
 from utils import UserError
 
@@ -53,7 +54,7 @@ def test_line_is_the_mean_of_the_last_decisions(capsys):
         clock, shown, per_cent, bar = line.split()
         assert (clock, shown) == (f"0:0{second}", name)
         assert float(per_cent.rstrip("%")) == pytest.approx(100 * share, abs=0.06)
-        assert len(bar) == pytest.approx(share * listen.BAR_WIDTH, abs=0.51)
+        assert len(bar) == pytest.approx(share * BAR_WIDTH, abs=0.51)
 
 
 def test_silence_is_told_and_forgets_what_was_before(capsys):

@@ -259,7 +259,7 @@ def test_a_dead_hub_changes_nothing_in_the_run(scripts, server, tmp_path, random
     assert outputs[0] == outputs[1] and len(outputs[0]) == 5
 
 
-def test_ctrl_c_ends_a_run_whose_uploads_stall(scripts, server, trained):
+def test_ctrl_c_ends_a_run_whose_uploads_stall(server, trained):
     server.stall("PUT /lfs/.*")
     client = CLIENT.replace("models.add_best(0)", "models.add_best(0); print('added', flush=True); time.sleep(600)")
     with subprocess.Popen(
