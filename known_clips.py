@@ -44,9 +44,11 @@ def note(fold, infos):
     fold that neither trained nor tested the model: that one has chosen its epoch.
     """
     own = fold - 1  # as --fold_num counts
-    trained = [info["fold"] for info in infos if fold in info.get("training_folds", [])]
-    chose = [info["fold"] for info in infos if info.get("fold") not in (own, *trained)]
     what = f"a clip of the data set's fold {fold}"
+    if not all(isinstance(info.get("fold"), int) and isinstance(info.get("training_folds"), list) for info in infos):
+        return f"{what}; the model does not say on which folds it was trained"  # it may be a stranger's
+    trained = [info["fold"] for info in infos if fold in info["training_folds"]]
+    chose = [info["fold"] for info in infos if info["fold"] not in (own, *trained)]
     if not trained and not chose:
         return f"{what}, which this model has not trained on"
     if len(infos) > 1:

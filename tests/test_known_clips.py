@@ -59,3 +59,8 @@ def test_what_an_answer_is_worth():
     assert "chosen its epoch" in known_clips.note(2, [info(0, 3, 4)])
     of_all = known_clips.note(3, [info(0, 3, 4), info(1, 1, 4), info(2, 1, 2), info(3, 1, 2, 3)])
     assert "2 of 4 models trained on it" in of_all and "--fold_num 2" in of_all
+
+
+@pytest.mark.parametrize("info", [{}, {"fold": 0}, {"training_folds": [3]}, {"fold": "0", "training_folds": 3}])
+def test_a_strangers_model_may_not_say_what_it_has_trained_on(info):
+    assert "does not say" in known_clips.note(3, [info])
