@@ -313,7 +313,7 @@ def write_random_data(folder, clips_per_fold):
         {"slice_file_name": f"{n}.wav", "fold": int(fold), "classID": int(label), "class": f"class {label}", **same}
         for n, (label, fold) in enumerate(zip(labels, folds, strict=True))
     ]
-    data_loader.save_processed(folder, random_features(len(folds)), labels, folds, clips, AUDIO, "random")
+    data_loader.save_processed(folder, random_features(len(folds)), clips, AUDIO, "random")
 
 
 def random_features(n_clips):

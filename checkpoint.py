@@ -20,6 +20,7 @@ import shutil
 import torch
 
 import config
+import processes
 import utils
 from model import model_path, save_model
 from utils import UserError
@@ -197,15 +198,53 @@ class Run:
     """What training_state.json tracks: the run's id and settings, each fold's last epoch, which folds are done.
 
     paths: the run's folders (.checkpoints, .models, .results); settings: what the result depends on; folds: the
-    0-indexed folds of this call. UserError if the folder holds a run with other settings.
+    0-indexed folds of this call; team: the processes that train them. UserError if the folder holds a run with other
+    settings.
     """
 
-    def __init__(self, paths, settings, folds):
-        self.paths, self.folds, self.epoch_seconds = paths, folds, 0.0
+    def __init__(self, paths, settings, folds, team=processes.ALONE):
+        self.paths, self.folds, self.team, self.epoch_seconds = paths, folds, team, 0.0
         self.path = paths.checkpoints / "training_state.json"
-        checkpoints = load_all_newest(paths.checkpoints)
-        self.state = reconcile(load_state(self.path), checkpoints, settings, f"the run in {paths.checkpoints}")
-        self.resumable = {number: checkpoint["epoch"] for number, checkpoint in checkpoints.items()}
+        self.state, self.resumable = team.once(lambda: self._look(settings))
+        self.done = team.once(lambda: [number for number in folds if self.is_done(number)])
+
+    def _look(self, settings):
+        """Return (the training state that holds, {fold: epoch of its newest checkpoint})."""
+        checkpoints = load_all_newest(self.paths.checkpoints)
+        state = reconcile(load_state(self.path), checkpoints, settings, f"the run in {self.paths.checkpoints}")
+        return state, {number: checkpoint["epoch"] for number, checkpoint in checkpoints.items()}
+
+    def epochs_left(self, number):
+        """Return how many epochs a fold lacks, as far as this process has been told."""
+        return self.state["settings"]["epochs"] - self.state["folds"].get(str(number), {"epoch": 0})["epoch"]
+
+    def folds_left(self):
+        """Yield the folds that are to be trained here, one after another, until every fold has its process.
+
+        Between several processes those with most epochs left go first, so that all end at about the same time.
+        """
+        left = [number for number in self.folds if number not in self.done]
+        if self.team.size > 1:
+            left.sort(key=self.epochs_left, reverse=True)
+        yield from self.team.claim(left)
+
+    def wait_for_others(self):
+        """Wait until the other processes have trained their folds; the first one records how far they are."""
+        for _ in self.team.wait():
+            if self.team.is_first and self._hear():
+                self.save_state()
+        self.save_state()
+
+    def check_done(self):
+        """Raise a UserError that names the folds which no process has trained to the end."""
+        if missing := [number for number in self.folds if not self.is_done(number)]:
+            raise UserError(f"folds {missing} are not done: run the same command again")
+
+    def _hear(self):
+        """Take over what other processes have told of their folds. Return whether any of it is news."""
+        before = self.state["folds"]
+        self.state["folds"] = dict(sorted({**before, **self.team.told(FOLD_NUMBERS)}.items()))
+        return self.state["folds"] != before
 
     def load_newest(self, number):
         """Return a fold's newest checkpoint as it was when the run began, or None."""
@@ -223,15 +262,23 @@ class Run:
         newest = fold.newest
         entry = {"epoch": newest["epoch"], "best_epoch": newest["best"]["epoch"], "done": done, **scores}
         self.state["folds"][str(fold.number)] = entry
-        self.state["folds"] = dict(sorted(self.state["folds"].items()))
+        self.team.tell(str(fold.number), entry)
         with utils.atomic_write(result_path(self.paths.results, "history", fold.number), "w") as file:
             writer = csv.DictWriter(file, newest["history"][0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(newest["history"])
-        utils.save_json(self.path, self.state)
+        self.save_state()
+
+    def save_state(self):
+        """Write training_state.json, with what the other processes have told. One process does."""
+        self._hear()
+        if self.team.is_first:
+            utils.save_json(self.path, self.state)
 
     def write_info(self, data):
-        """Write results/run.json: what the predictions beside it come from, for evaluate.py."""
+        """Write results/run.json: what the predictions beside it come from, for evaluate.py. One process does."""
+        if not self.team.is_first:
+            return
         settings = self.state["settings"]
         info = {name: settings[name] for name in ("validation", "model", "seed", "epochs")}
         info["n_folds"] = len(set(data.folds.tolist()))
@@ -244,9 +291,8 @@ class Run:
 
     def seconds_left(self, fold):
         """Estimate the time to the end of the run from the last epoch's."""
-        epochs = self.state["settings"]["epochs"]
-        after = [number for number in self.folds if number > fold.number and not self.is_done(number)]
-        return self.epoch_seconds * (epochs - fold.newest["epoch"] + epochs * len(after))
+        all_left = sum(self.epochs_left(number) for number in self.folds)
+        return self.epoch_seconds * max(self.epochs_left(fold.number), all_left / self.team.size)
 
 
 def remove_folds(paths, folds, settings):

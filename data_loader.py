@@ -9,6 +9,7 @@ Nothing here imports torch at the top: the preprocessing workers need only numpy
 
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -195,25 +196,43 @@ class Processed:
     info: dict  # features.json
 
 
-def save_processed(folder, features, labels, folds, clips, audio, source, left_out=()):
+def save_processed(folder, features, clips, audio, source, left_out=()):
     """Write the processed files of a data set. features.json goes first out and last in: it marks a complete set.
 
-    features: (clips, n_mels, n_frames); labels, folds: (clips,) ints; clips: metadata rows in the same order; source:
-    name of the data set; left_out: names of clips that its metadata lists and the files lack.
+    features: (clips, n_mels, n_frames); clips: metadata rows in the same order, as from `read_clip_table`; source: name
+    of the data set; left_out: names of clips that its metadata lists and the files lack.
+    """
+    with features_writer(folder, audio) as append:
+        append(features)
+    save_tables(folder, clips, audio, source, left_out)
+
+
+@contextlib.contextmanager
+def features_writer(folder, audio):
+    """Write a folder's features.pkl as the clips come: gives a function that appends features (n, n_mels, n_frames).
+
+    If the block fails, the folder stays as it was. If it ends well, `save_tables` must follow.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "features.json").unlink(missing_ok=True)
-    utils.save_pickle(folder / "features.pkl", features)
-    utils.save_pickle(folder / "labels.pkl", np.asarray(labels, np.int64))
-    utils.save_pickle(folder / "folds.pkl", np.asarray(folds, np.int64))
+    with utils.array_writer(folder / "features.pkl", audio.shape, audio.feature_dtype) as append:
+        yield append
+        (folder / "features.json").unlink(missing_ok=True)
+
+
+def save_tables(folder, clips, audio, source, left_out):
+    """Write the processed files beside a new features.pkl; the arguments are `save_processed`'s."""
+    folder = Path(folder)
+    features = load_features(folder)
+    labels, folds = (np.array([clip[column] for clip in clips], np.int64) for column in ("classID", "fold"))
+    utils.save_pickle(folder / "labels.pkl", labels)
+    utils.save_pickle(folder / "folds.pkl", folds)
     utils.save_pickle(folder / "class_mapping.pkl", class_mapping(clips))
     with utils.atomic_write(folder / "clips.csv", "w") as file:
         writer = csv.DictWriter(file, CLIP_COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(clips)
     info = {
-        "clips": len(labels),
+        "clips": len(clips),
         "shape": list(features.shape),
         "audio": dataclasses.asdict(audio),
         "source": source,
@@ -221,6 +240,11 @@ def save_processed(folder, features, labels, folds, clips, audio, source, left_o
         "fingerprint": fingerprint(features, labels, folds),
     }
     utils.save_json(folder / "features.json", info)
+
+
+def load_features(folder):
+    """Return the features in a folder: in memory as far as they are used, and once for all processes of a machine."""
+    return utils.load_pickle(Path(folder) / "features.pkl", memory_map=True)
 
 
 def class_mapping(clips):
@@ -257,7 +281,8 @@ def load_processed(folder):
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}: run python preprocess_data.py (or fix --processed_dir)")
     info = read_info(folder)
-    features, labels, folds, names = (utils.load_pickle(folder / name) for name in PROCESSED_FILES[:4])
+    features = load_features(folder)
+    labels, folds, names = (utils.load_pickle(folder / name) for name in PROCESSED_FILES[1:4])
     clips = read_clip_table(folder / "clips.csv")
     remedy = f"{folder} is not one complete set: run python preprocess_data.py --overwrite"
     try:

@@ -2,6 +2,7 @@
 
     python evaluate.py                                    # the results in the assets folder
     python evaluate.py --results_dir DIR                  # any folder of predictions, also of some folds only
+    python evaluate.py --join RUN_A RUN_B --results_dir DIR      # first gather the folds of runs elsewhere
     python evaluate.py --compare DIR_A DIR_B              # two runs side by side, on the clips that both tested
     python evaluate.py --compare DIR_A DIR_B --output comparison.md
 
@@ -12,6 +13,7 @@ curves.png beside them. Prints a table of the folds, and the accuracy with its s
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ PREDICTIONS = re.compile(r"predictions_fold_(0|[1-9]\d*)\.csv")
 SUM_TOLERANCE = 1e-3  # the probabilities of a clip must sum to 1 within this
 # What run.json must be, where it has them.
 RUN_KINDS = {"validation": str, "best_epochs": dict, "n_folds": int, "temperatures": dict}
+KEYS_OF_FOLDS = ("best_epochs", "temperatures")  # of run.json: {fold: value}
 HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
 
 # --- Reading -----------------------------------------------------------------------------------------------------
@@ -203,6 +206,48 @@ def draw_pictures(folder, results, histories):
     return [*names, "curves.png"]
 
 
+# --- Folds that were trained apart -----------------------------------------------------------------------------------
+
+
+def join_results(folders, results_dir):
+    """Copy predictions and histories of runs of one recipe, each of other folds, into one folder with one run.json.
+
+    folders: results folders, or the assets folders that have one. UserError if two have the same fold, or other
+    settings.
+    """
+    folders = [folder / config.RESULTS_DIR if (folder / config.RESULTS_DIR).is_dir() else folder for folder in folders]
+    results_dir.mkdir(parents=True, exist_ok=True)
+    origins, joined = {}, None
+    for folder in folders:
+        paths = {path.name: path for path in folder.glob("predictions_fold_*.csv") if PREDICTIONS.fullmatch(path.name)}
+        if not paths:
+            raise UserError(f"no predictions in {folder}: name the results folder of a run, or its assets folder")
+        for name in paths:
+            if name in origins:
+                raise UserError(f"{name} is in {origins[name]} and in {folder}: each fold counts once")
+            origins[name] = folder
+        run = read_run(folder)
+        joined = joined or run
+        first, other = recipe_of(joined), recipe_of(run)
+        if differing := [name for name in {**first, **other} if first.get(name) != other.get(name)]:
+            raise UserError(f"{folder} was trained with another {', '.join(differing)} than {folders[0]}")
+        for key in KEYS_OF_FOLDS:
+            joined[key] = dict(sorted({**joined.get(key, {}), **run.get(key, {})}.items()))
+    strangers = {path.name for path in results_dir.glob("predictions_fold_*.csv")} - set(origins)
+    if strangers:
+        raise UserError(f"{results_dir} has {', '.join(sorted(strangers))} of another run: name an empty folder")
+    for name, folder in origins.items():
+        for path in (folder / name, folder / name.replace("predictions", "history")):
+            if path.is_file() and path.parent.resolve() != results_dir.resolve():
+                shutil.copyfile(path, results_dir / path.name)
+    utils.save_json(results_dir / "run.json", joined)
+
+
+def recipe_of(run):
+    """Return what run.json says that is the same for all folds of a run, in one dict."""
+    return {key: value for key, value in {**run, **run.get("settings", {})}.items() if key not in KEYS_OF_FOLDS}
+
+
 # --- Two runs side by side -----------------------------------------------------------------------------------------
 
 
@@ -249,9 +294,14 @@ def parse_args():
         "--results_dir", metavar="DIR", help="predictions, and the report (default: results/ in the assets)"
     )
     parser.add_argument("--processed_dir", metavar="DIR", help="folder of clips.csv (default: data/ in the assets)")
+    parser.add_argument(
+        "--join", nargs="+", type=Path, metavar="DIR", help="first copy the folds of these runs into --results_dir"
+    )
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two results folders to set side by side")
     parser.add_argument("--output", metavar="FILE", help="also write the comparison to this file")
     args = parser.parse_args()
+    if args.join and args.compare:
+        parser.error("--join makes a report of one run, --compare is of two: one after the other")
     if args.output and not args.compare:
         parser.error("--output goes with --compare; the report goes into the results folder")
     return args
@@ -270,7 +320,10 @@ def main():
                 file.write(text)
             print(f"\nwrote {args.output}")
     else:
-        write_report(utils.folder(args.results_dir, args.assets_dir, config.RESULTS_DIR), processed_dir)
+        results_dir = utils.folder(args.results_dir, args.assets_dir, config.RESULTS_DIR)
+        if args.join:
+            join_results(args.join, results_dir)
+        write_report(results_dir, processed_dir)
 
 
 if __name__ == "__main__":

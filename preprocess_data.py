@@ -2,16 +2,22 @@
 
     python preprocess_data.py                     # <assets>/data/UrbanSound8K -> <assets>/data
     python preprocess_data.py --data_dir ~/UrbanSound8K --workers 8
+    python preprocess_data.py --shard 3/8         # the third of eight parts, on any machine that sees the folders
+    python preprocess_data.py --join              # when all parts are there: the files as one call would have made them
 
 Prints a progress bar, what was written, and the clips per fold and class. Running it again does nothing while the
 files are there and fit config.py's audio settings. A clip that is missing or can't be decoded is named and stops the
 run before anything is written, unless --allow_missing leaves such clips out.
 """
 
+import argparse
+import collections
 import concurrent.futures
 import contextlib
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -28,6 +34,9 @@ import hub
 import utils
 from utils import UserError
 
+SHARD_DIR = "shards"  # below the output folder: <k>_of_<n>/, each with a whole set of processed files
+JOINED_CLIPS = 1000  # copied at once
+TASKS_AHEAD = 4  # per worker: enough that none waits, few enough that memory does not grow with the data
 CLIPS_PER_TASK = 8  # clips a worker takes at once: enough to make the messages cheap, few enough to stop quickly
 SPARE_DISK = 100e6  # bytes left free beside the processed files
 
@@ -41,7 +50,18 @@ def parse_args():
     )
     parser.add_argument("--overwrite", action="store_true", help="make the files again, whatever is there")
     parser.add_argument("--allow_missing", action="store_true", help="leave out clips that are missing or unreadable")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--shard", type=parse_shard, metavar="K/N", help="make the K-th of N parts only, as in 3/8")
+    parts.add_argument("--join", action="store_true", help="join the parts that --shard has made")
     return parser.parse_args()
+
+
+def parse_shard(text):
+    """Return (k, n) of "k/n": the k-th of n parts, counted from 1."""
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 3/8: the third of eight")
+    return int(match[1]), int(match[2])
 
 
 def clips_stored(output_dir, clips, allow_missing):
@@ -106,6 +126,10 @@ def process_clip(path, audio):
         return None, str(error)
 
 
+def process_group(paths, audio):
+    return [process_clip(path, audio) for path in paths]
+
+
 def process_clips(paths, audio, workers):
     """Yield process_clip's result for each path, in order, from `workers` processes."""
     if len(paths) <= CLIPS_PER_TASK:  # done before a worker has started
@@ -118,10 +142,15 @@ def process_clips(paths, audio, workers):
     pool = concurrent.futures.ProcessPoolExecutor(
         min(workers, -(-len(paths) // CLIPS_PER_TASK)), multiprocessing.get_context("spawn"), start_worker
     )
+    tasks = collections.deque()
     try:
-        with interrupts_held():
-            results = pool.map(process_clip, paths, [audio] * len(paths), chunksize=CLIPS_PER_TASK)
-        yield from results
+        for start in range(0, len(paths), CLIPS_PER_TASK):
+            with interrupts_held():  # the pool starts its processes one by one, as there is work
+                tasks.append(pool.submit(process_group, paths[start : start + CLIPS_PER_TASK], audio))
+            if len(tasks) > TASKS_AHEAD * workers:
+                yield from tasks.popleft().result()
+        while tasks:
+            yield from tasks.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(f"a worker process was killed (out of memory?): try fewer than --workers {workers}") from error
     finally:
@@ -134,21 +163,17 @@ def clip_paths(data_dir, clips):
     return paths, {path.name: "no such file" for path in paths if not path.is_file()}
 
 
-def extract_features(paths, audio, workers):
-    """Return (features of the readable clips, their positions in `paths`, {name: reason} of the others).
-
-    The features are one array of shape (clips, n_mels, n_frames), filled as the clips come: memory stays at its size.
-    """
-    features = np.empty((len(paths), *audio.shape), audio.feature_dtype)
+def extract_features(paths, audio, workers, append):
+    """Append the features of the readable clips. Return (their positions in `paths`, {name: reason} of the others)."""
     kept, unreadable = [], {}
     bar = tqdm(process_clips(paths, audio, workers), "log-mel", len(paths), unit="clip", disable=None)
     for position, (clip, reason) in enumerate(bar):
         if reason:
             unreadable[paths[position].name] = reason
         else:
-            features[len(kept)] = clip
+            append(clip[None])  # (1, n_mels, n_frames)
             kept.append(position)
-    return features[: len(kept)], kept, unreadable
+    return kept, unreadable
 
 
 # --- The stage ---------------------------------------------------------------------------------------------------
@@ -168,6 +193,7 @@ def report_left_out(left_out, allow_missing):
 def check_disk_space(output_dir, n_clips, audio):
     needed = n_clips * audio.n_mels * audio.n_frames * np.dtype(audio.feature_dtype).itemsize + SPARE_DISK
     output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "features.pkl.tmp").unlink(missing_ok=True)  # of a run that was killed
     remedy = "make room, or name another --output_dir"
     utils.need_space(output_dir, needed, f" and {needed / 1e6:,.0f} MB are needed: {remedy}")
 
@@ -203,39 +229,110 @@ def preprocess(clips, data_dir, output_dir, args):
     present = [position for position, path in enumerate(paths) if path.name not in missing]
     start = time.perf_counter()
     try:
-        features, kept, unreadable = extract_features([paths[position] for position in present], audio, args.workers)
+        with data_loader.features_writer(output_dir, audio) as append:
+            usable = [paths[position] for position in present]
+            kept, unreadable = extract_features(usable, audio, args.workers, append)
+            report_left_out(unreadable, args.allow_missing)
+            if not kept:
+                raise UserError(f"no clip of {data_dir} could be read")
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Stopped. Nothing was changed; the same command starts again.") from None
-    report_left_out(unreadable, args.allow_missing)
-    if not kept:
-        raise UserError(f"no clip of {data_dir} could be read")
     clips = [clips[present[position]] for position in kept]
-    labels = [clip["classID"] for clip in clips]
-    folds = [clip["fold"] for clip in clips]
     left_out = sorted({**missing, **unreadable})
-    data_loader.save_processed(output_dir, features, labels, folds, clips, audio, data_dir.resolve().name, left_out)
-    seconds = time.perf_counter() - start
+    data_loader.save_tables(output_dir, clips, audio, data_dir.resolve().name, left_out)
+    print_result(output_dir, clips, audio, left_out, time.perf_counter() - start)
+
+
+def print_result(output_dir, clips, audio, left_out, seconds):
+    """Print what is in the processed files, and what they took."""
     print_counts(clips)
+    n_bytes = len(clips) * audio.n_mels * audio.n_frames * np.dtype(audio.feature_dtype).itemsize
     print(
         f"{len(clips)} clips in {seconds:.1f} s ({len(clips) / seconds:.0f} clips/s)"
         + (f", {len(left_out)} left out" if left_out else "")
-        + f" -> {output_dir}: features {features.shape} {features.dtype}, {features.nbytes / 1e6:,.0f} MB"
+        + f" -> {output_dir}: features {(len(clips), *audio.shape)} {audio.feature_dtype}, {n_bytes / 1e6:,.0f} MB"
     )
+
+
+# --- In parts ----------------------------------------------------------------------------------------------------
+
+
+def clips_of_shard(clips, shard):
+    """Return the clips of the k-th of n parts, in the order of the table: parts of the same size, within one."""
+    k, n = shard
+    if n > len(clips):
+        raise UserError(f"--shard {k}/{n}: the data set has {len(clips)} clips, fewer than parts")
+    return clips[len(clips) * (k - 1) // n : len(clips) * k // n]
+
+
+def find_shards(output_dir):
+    """Return the folders of all parts, in order. UserError names those that are missing."""
+    there = {path.name: path for path in (output_dir / SHARD_DIR).glob("*_of_*")}
+    counts = {int(match[1]) for match in (re.fullmatch(r"\d+_of_(\d+)", name) for name in there) if match}
+    if len(counts) != 1:
+        found = f"parts of {', '.join(map(str, sorted(counts)))}" if counts else "no parts"
+        raise UserError(f"{output_dir / SHARD_DIR} has {found}: --join needs all parts of one number, as --shard 1/8")
+    (n,) = counts
+    names = [f"{k}_of_{n}" for k in range(1, n + 1)]
+    missing = [name for name in names if name not in there or not (there[name] / "features.json").is_file()]
+    if missing:
+        remedy = f"python preprocess_data.py --shard {missing[0].replace('_of_', '/')}"
+        raise UserError(f"{output_dir / SHARD_DIR} lacks {', '.join(missing)}: run {remedy} first")
+    return [there[name] for name in names]
+
+
+def join_shards(output_dir):
+    """Join the parts below an output folder to the files that one call would have made, and remove the parts.
+
+    The features go through memory JOINED_CLIPS at a time. UserError if parts are missing, damaged or do not fit.
+    """
+    start = time.perf_counter()
+    shards = find_shards(output_dir)
+    infos = [data_loader.read_info(folder) for folder in shards]
+    audio = data_loader.AudioSettings()
+    clips, left_out = [], []
+    for folder, info in zip(shards, infos, strict=True):
+        data_loader.check_audio_settings(info["audio"])
+        if info["source"] != infos[0]["source"]:
+            raise UserError(f"{folder} is of {info['source']} and {shards[0]} of {infos[0]['source']}: make them again")
+        left_out += info["left_out"]
+    check_disk_space(output_dir, sum(info["clips"] for info in infos), audio)
+    with data_loader.features_writer(output_dir, audio) as append:
+        for folder in tqdm(shards, "join", unit="part", disable=None):
+            part = data_loader.load_processed(folder)  # checked
+            for first in range(0, len(part.features), JOINED_CLIPS):
+                append(part.features[first : first + JOINED_CLIPS])
+            clips += part.clips
+    data_loader.save_tables(output_dir, clips, audio, infos[0]["source"], sorted(left_out))
+    shutil.rmtree(output_dir / SHARD_DIR)
+    print_result(output_dir, clips, audio, left_out, time.perf_counter() - start)
 
 
 def main():
     args = parse_args()
     data_dir = utils.folder(args.data_dir, args.assets_dir, config.DATASET_DIR)
     output_dir = utils.folder(args.output_dir, args.assets_dir, config.PROCESSED_DIR)
+    if args.join:
+        with utils.only_one(output_dir, "preprocess_data.py"):
+            join_shards(output_dir)
+    else:
+        make_processed(data_dir, output_dir, args)
+    if config.HF_REPO_ID and not args.shard:
+        hub.upload_processed(output_dir, config.HF_REPO_ID)
+
+
+def make_processed(data_dir, output_dir, args):
+    """Make the processed files, or one part of them, unless they are there."""
     clips = data_loader.read_clip_table(data_dir / "metadata" / "UrbanSound8K.csv")
+    if args.shard:
+        clips = clips_of_shard(clips, args.shard)
+        output_dir = output_dir / SHARD_DIR / "{}_of_{}".format(*args.shard)
     with utils.only_one(output_dir, "preprocess_data.py"):
         if not args.overwrite and (stored := clips_stored(output_dir, clips, args.allow_missing)):
             count = f"all {stored}" if stored == len(clips) else f"{stored} of {len(clips)}"
             print(f"Nothing to do: {output_dir} holds the features of {count} clips (--overwrite: again)")
         else:
             preprocess(clips, data_dir, output_dir, args)
-    if config.HF_REPO_ID:
-        hub.upload_processed(output_dir, config.HF_REPO_ID)
 
 
 if __name__ == "__main__":

@@ -125,17 +125,18 @@ def add_results(paths, repo_id):
 class Publisher:
     """The background thread, as a context around a training. Does nothing without HF_MODEL_REPO_ID, and never raises.
 
-    paths: the run's folders (.checkpoints, .models, .results).
+    paths: the run's folders (.checkpoints, .models, .results); sends: whether this process sends what it and the others
+    add, of which one must.
     """
 
-    def __init__(self, paths):
-        self.paths, self.repo_id = paths, config.HF_MODEL_REPO_ID
+    def __init__(self, paths, sends=True):
+        self.paths, self.repo_id, self.sends = paths, config.HF_MODEL_REPO_ID, sends
         self.outbox = outbox_dir(paths.checkpoints)
         self.wake, self.is_ending, self.is_silent = threading.Event(), False, False
         self.thread = threading.Thread(target=self._work, daemon=True)
 
     def __enter__(self):
-        if self.repo_id:
+        if self.repo_id and self.sends:
             self.thread.start()
         return self
 
@@ -187,7 +188,7 @@ class Publisher:
 
     def __exit__(self, kind, *_):
         """Send what is left, in bounded time, and say what could not be sent."""
-        if not self.repo_id:
+        if not self.repo_id or not self.sends:
             return
         self.is_ending = True
         self.wake.set()

@@ -20,6 +20,7 @@ MAX_DEPTH = 50  # containers inside each other
 MAX_TEXT = 65_536  # bytes of one string
 MAX_INTEGER = 9  # bytes of one number; every 64-bit number fits
 MAX_SCALAR = 1024  # bytes of one numpy scalar
+LEAST_MAPPED = 1 << 20  # bytes; smaller arrays are read
 
 ARRAY_KINDS = re.compile(r"b1|[iu][1248]|f[248]|c8|c16|[US]\d{1,5}")
 KEY_TYPES = (str, int, float, type(None), np.integer, np.floating, np.bool_)  # quick to hash, whoever chose the values
@@ -30,13 +31,16 @@ class Refused(Exception):
     """The file holds what a data file must not; the message names it."""
 
 
-def load(file):
+def load(file, memory_map=False):
     """Return what a pickle (a file open for reading, protocol 3 to 5) holds.
+
+    memory_map: leave large arrays on the disk, which the system reads as they are used and keeps once for all processes
+    of a machine. Writing to them changes this process's copy alone.
 
     Refused names what it will not build; any other exception means that the file is damaged. Memory stays below five
     times the file's size and 100 MB; for the arrays of `utils.save_pickle` it is the file's size.
     """
-    return _Machine(file).run()
+    return _Machine(file, memory_map).run()
 
 
 # --- What numpy writes for an array -------------------------------------------------------------------------------
@@ -119,8 +123,8 @@ GETS = {pickle.BINGET: "<B", pickle.LONG_BINGET: "<I"}
 
 
 class _Machine:
-    def __init__(self, file):
-        self.file = file
+    def __init__(self, file, memory_map):
+        self.file, self.memory_map = file, memory_map
         self.left = file.seek(0, io.SEEK_END)  # bytes
         file.seek(0)
         self.steps = 0
@@ -170,6 +174,11 @@ class _Machine:
     def take_memory(self, n):
         """Return the next n bytes as memory that an array can write to, in large pages where numpy has them."""
         self.reserve(n)
+        if self.memory_map and n >= LEAST_MAPPED:
+            start = self.file.tell()
+            memory = memoryview(np.memmap(self.file, np.uint8, "c", start, n))
+            self.file.seek(start + n)
+            return memory
         memory = memoryview(np.empty(n, np.uint8))
         done = 0
         while done < n and (step := self.file.readinto(memory[done:])):  # Linux reads 2 GB at once at most

@@ -59,10 +59,12 @@ SWEEP_VARIABLES = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 class Tracker:
     """What train.py tells of its run, as a context. Does nothing if WANDB_PROJECT is empty, and never raises.
 
-    assets_dir: where wandb/ goes (the environment's WANDB_DIR overrides it), and where the data set is looked for.
+    assets_dir: where wandb/ goes (the environment's WANDB_DIR overrides it), and where the data set is looked for;
+    is_quiet: leave to another process to say where the runs can be seen.
     """
 
-    def __init__(self, assets_dir):
+    def __init__(self, assets_dir, is_quiet=False):
+        self.stdout = subprocess.DEVNULL if is_quiet else None
         self.assets_dir = Path(assets_dir).absolute()
         self.is_on = bool(config.WANDB_PROJECT) and os.environ.get("WANDB_MODE") != "disabled"
         self.process, self.messages = None, queue.SimpleQueue()
@@ -135,7 +137,9 @@ class Tracker:
             with self._going_on():
                 command = [sys.executable, str(Path(__file__).absolute())]
                 # A session of its own: Ctrl-C in the terminal is for train.py.
-                self.process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+                self.process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=self.stdout, start_new_session=True
+                )
                 threading.Thread(target=feed, args=(self.process.stdin, self.messages), daemon=True).start()
         if self.is_on:
             self.messages.put((what, details))

@@ -3,6 +3,7 @@
     python train.py                                   # every fold, with config.py's settings
     python train.py --folds 0,3-5 --epochs 40         # some folds, shorter
     python train.py --learning_rate 1e-3 --processed_dir DATA --assets_dir ~/sweep/lr1e-3
+    torchrun --nproc-per-node=4 train.py              # the folds over four processes, or GPUs; processes.py says how
 
 Prints one line an epoch (fold, epoch, losses, accuracies, learning rate, examples/s, time left) and at the end a table
 of folds with mean and standard deviation. Running the same command again goes on after the last completed epoch, with
@@ -12,6 +13,7 @@ Fold numbers are 0-indexed: --folds 0 tests the data set's fold 1. Each fold is 
 epoch that VALIDATION (config.py) chose.
 """
 
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -38,6 +40,7 @@ import config
 import data_loader
 import evaluate
 import hub
+import processes
 import publisher
 import tracking
 import utils
@@ -113,10 +116,14 @@ def training_settings(args, data):
     }
 
 
-def load_data(processed_dir):
-    """Return the Processed data set, fetched from the Hub first if it is not there and HF_REPO_ID is set."""
-    if config.HF_REPO_ID and not (processed_dir / "features.json").is_file():
+def load_data(processed_dir, team=processes.ALONE):
+    """Return the Processed data set, fetched from the Hub first if it is not there and HF_REPO_ID is set.
+
+    Of several processes on a node, one fetches it.
+    """
+    if team.local_rank == 0 and config.HF_REPO_ID and not (processed_dir / "features.json").is_file():
         hub.fetch_processed(processed_dir, config.HF_REPO_ID)
+    team.gather("fetched")
     data = data_loader.load_processed(processed_dir)
     data_loader.check_audio_settings(data.info["audio"])
     return data
@@ -164,6 +171,7 @@ def train_epoch(fold, epoch, settings):
     """
     features, targets, statistics = fold.tensors
     network, optimizer, device = fold.network, fold.optimizer, features.device
+    disable = None if fold.shows_bar else True  # None: where there is no terminal
     slices = batches.batch_slices(len(fold.training), settings["batch_size"])
     total_steps = len(slices) * settings["epochs"]
     seed_parts = settings["seed"], fold.number, epoch
@@ -171,7 +179,7 @@ def train_epoch(fold, epoch, settings):
     torch.manual_seed(utils.derive_seed("dropout", *seed_parts))
     network.train()
     losses, correct, rates = [], [], []
-    for number, batch in enumerate(tqdm(slices, f"fold {fold.number} epoch {epoch}", leave=False, disable=None)):
+    for number, batch in enumerate(tqdm(slices, f"fold {fold.number} epoch {epoch}", leave=False, disable=disable)):
         rates.append(learning_rate_at((epoch - 1) * len(slices) + number, total_steps, settings))
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]
@@ -239,6 +247,7 @@ class Fold:
     info: dict  # metadata of its model files
     folder: Path  # of its checkpoints
     newest: dict | None = None  # checkpoint
+    shows_bar: bool = True  # those of several processes would overwrite each other
 
 
 def make_fold(number, data, features, settings, checkpoint_dir):
@@ -389,40 +398,46 @@ def main():
     args = parse_args()
     paths = utils.run_folders(args)
     utils.keep_freed_memory()
-    device = utils.pick_device(args.device)
-    data = load_data(paths.processed)
-    present = sorted({int(fold) - 1 for fold in data.folds})
-    folds = args.folds or present
-    if absent := [fold for fold in folds if fold not in present]:
-        raise UserError(f"--folds {absent} have no clips in {paths.processed}; the folds present are {present}")
-    settings = training_settings(args, data)
-    with utils.only_one(paths.checkpoints, "train.py"), tracking.Tracker(args.assets_dir) as tracker:
+    with processes.join() as team, contextlib.ExitStack() as until_the_end:
+        device = team.device(args.device)
+        data = load_data(paths.processed, team)
+        present = sorted({int(fold) - 1 for fold in data.folds})
+        folds = args.folds or present
+        if absent := [fold for fold in folds if fold not in present]:
+            raise UserError(f"--folds {absent} have no clips in {paths.processed}; the folds present are {present}")
+        settings = training_settings(args, data)
+        team.check_same(settings)
+        team.once(lambda: until_the_end.enter_context(utils.only_one(paths.checkpoints, "train.py")))
+        team.check_shared(paths.checkpoints)
+        tracker = until_the_end.enter_context(tracking.Tracker(args.assets_dir, is_quiet=not team.is_first))
         if args.fresh:
-            checkpoint.remove_folds(paths, folds, settings)
-            publisher.forget(paths.checkpoints, folds)
-        with publisher.Publisher(paths) as models:
-            train_folds(folds, data, settings, paths, device, tracker, models)
+            start_again(paths, folds, settings, team)
+        models = until_the_end.enter_context(publisher.Publisher(paths, sends=team.is_first))
+        train_folds(folds, data, settings, paths, device, tracker, models, team)
 
 
-def train_folds(folds, data, settings, paths, device, tracker, models):
+def start_again(paths, folds, settings, team):
+    """Remove what an earlier run left for these folds."""
+    if team.size > 1:
+        raise UserError(
+            "--fresh under torchrun would start again after every restart: use another --assets_dir, or remove "
+            f"{paths.checkpoints} first"
+        )
+    checkpoint.remove_folds(paths, folds, settings)
+    publisher.forget(paths.checkpoints, folds)
+
+
+def train_folds(folds, data, settings, paths, device, tracker, models, team=processes.ALONE):
     """Train and test the folds that are not done yet, then write the report over all that are."""
-    run = checkpoint.Run(paths, settings, folds)
-    n_parameters = count_parameters(build_model(settings["model"], len(data.class_names), data.features.shape[1]))
-    left = [number for number in folds if not run.is_done(number)]
-    checkpoint.check_disk_space(paths.checkpoints, len(left), settings["epochs"], n_parameters)
-    run.write_info(data)
+    run = checkpoint.Run(paths, settings, folds, team)
     features = torch.from_numpy(data.features).to(device)  # (clips, n_mels, frames), on the device once
-    print(
-        f"{settings['model']} on {device}: {len(data.labels)} clips, {len(folds)} of {len(set(data.folds.tolist()))} "
-        f"folds, {settings['epochs']} epochs, validation {settings['validation']} -> {paths.checkpoints}"
-    )
+    if team.is_first:
+        start_run(run, data, device, models)
+    number = None
     try:
-        for number in folds:
-            if run.is_done(number):
-                print(f"fold {number}: done already")
-                models.add_best(number)
-                continue
+        for number in run.folds_left():
             fold = make_fold(number, data, features, settings, paths.checkpoints)
+            fold.shows_bar = team.size == 1
             resume(fold, settings, run)
             tracker.start_fold(fold, run)
             train_fold(fold, settings, run, tracker, models)
@@ -430,12 +445,39 @@ def train_folds(folds, data, settings, paths, device, tracker, models):
             models.add_best(number)
             tracker.end_fold(fold, run, data, paths)
             run.write_info(data)
-        results = evaluate.write_report(paths.results, paths.processed)
-        tracker.log_summary(run, results, paths.results)
-        models.add_results()
-        audit.report(paths, data)
+        if number is None and len(run.done) < len(folds):
+            print(f"{team}: every fold has its process already, none is left for this one")
+        run.wait_for_others()
+        if team.is_first:
+            run.check_done()
+            run.write_info(data)
+            results = evaluate.write_report(paths.results, paths.processed)
+            tracker.log_summary(run, results, paths.results)
+            models.add_results()
+            audit.report(paths, data)
     except KeyboardInterrupt:
+        if not team.is_first:  # which says it
+            raise SystemExit(130) from None
+        with contextlib.suppress(UserError, OSError):
+            run.save_state()
         raise KeyboardInterrupt("Stopped. The same command goes on after the last completed epoch.") from None
+
+
+def start_run(run, data, device, models):
+    """Check that there is room, and print what is to be done and what is done already."""
+    settings, folds, paths, team = run.state["settings"], run.folds, run.paths, run.team
+    n_parameters = count_parameters(build_model(settings["model"], len(data.class_names), data.features.shape[1]))
+    checkpoint.check_disk_space(paths.checkpoints, len(folds) - len(run.done), settings["epochs"], n_parameters)
+    run.save_state()
+    run.write_info(data)
+    where = f"{device}, {team.size} processes" if team.size > 1 else device
+    print(
+        f"{settings['model']} on {where}: {len(data.labels)} clips, {len(folds)} of {len(set(data.folds.tolist()))} "
+        f"folds, {settings['epochs']} epochs, validation {settings['validation']} -> {paths.checkpoints}"
+    )
+    for number in run.done:
+        print(f"fold {number}: done already")
+        models.add_best(number)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 import config
 import safe_pickle
 
@@ -226,15 +228,56 @@ def save_pickle(path, value):
         pickle.dump(value, file, protocol=5)
 
 
-def load_pickle(path):
+@contextlib.contextmanager
+def array_writer(path, row_shape, dtype):
+    """Pickle an array row by row, atomically: gives a function that appends rows, of shape (n, *row_shape).
+
+    The file is what pickle writes for the whole array, less its frames; memory stays at the rows'.
+    """
+    n_rows = 0
+
+    def append(rows):
+        nonlocal n_rows
+        rows = np.ascontiguousarray(rows, dtype)
+        if rows.shape[1:] != tuple(row_shape):
+            raise ValueError(f"rows of {rows.shape[1:]}, and the array's have {tuple(row_shape)}")
+        file.write(rows.reshape(-1).view(np.uint8))
+        n_rows += len(rows)
+
+    with atomic_write(path) as file:
+        head, _ = _around_memory((0, *row_shape), dtype)
+        file.write(head)  # its last 8 bytes are the length of what follows
+        yield append
+        n_bytes = file.tell() - len(head)
+        file.write(_around_memory((n_rows, *row_shape), dtype)[1])
+        file.seek(len(head) - 8)
+        file.write(n_bytes.to_bytes(8, "little"))
+
+
+def _around_memory(shape, dtype):
+    """Return what pickle writes before and after the memory of an array of this shape, without the array."""
+
+    class Array:
+        def __reduce_ex__(self, protocol):
+            function, (_, numpy_type, _, order) = np.empty(0, dtype).__reduce_ex__(protocol)
+            return function, (pickle.PickleBuffer(bytearray()), numpy_type, shape, order)
+
+    parts = pickle.dumps(Array(), 5, buffer_callback=lambda _: None)
+    head, tail = parts.split(pickle.NEXT_BUFFER, 1)
+    frame = len(pickle.FRAME) + 8  # bytes; frames are optional, and this one's length would not fit
+    return head[:2] + head[2 + frame :] + pickle.BYTEARRAY8 + bytes(8), tail
+
+
+def load_pickle(path, memory_map=False):
     """Return what a pickle of protocol 3 to 5 holds, if that is arrays, plain containers, numbers and text alone.
 
+    memory_map: leave large arrays on the disk until they are used (see safe_pickle.load).
     Anything else in the file is refused by name with a UserError, and never run (safe_pickle.py). Memory stays below
     five times the file's size and 100 MB, whoever made the file.
     """
     try:
         with open(path, "rb") as file:
-            return safe_pickle.load(file)
+            return safe_pickle.load(file, memory_map)
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
     except safe_pickle.Refused as error:

@@ -73,7 +73,7 @@ def random_data():
             }
             for index, (label, fold) in enumerate(zip(labels, folds, strict=True))
         ]
-        data_loader.save_processed(folder, features, labels, folds, clips, audio, "random")
+        data_loader.save_processed(folder, features, clips, audio, "random")
 
     return write
 

@@ -43,7 +43,7 @@ def save_again(assets, features=None, folds=None):
     features = data.features if features is None else features
     folds = data.folds if folds is None else folds
     clips = [{**clip, "fold": int(fold)} for clip, fold in zip(data.clips, folds, strict=True)]
-    data_loader.save_processed(assets / "data", features, data.labels, folds, clips, data.audio, "random")
+    data_loader.save_processed(assets / "data", features, clips, data.audio, "random")
 
 
 def rewrite_model(assets, **changes):

@@ -252,8 +252,7 @@ def make(folder, left_out=()):
     clips = data_loader.read_clip_table(folder / "table.csv")
     (folder / "table.csv").unlink()
     features = np.random.default_rng(0).normal(-40, 20, (len(clips), *SMALL.shape)).astype(np.float16)
-    labels, folds = [clip["classID"] for clip in clips], [clip["fold"] for clip in clips]
-    data_loader.save_processed(folder, features, labels, folds, clips, SMALL, "UrbanSound8K", left_out)
+    data_loader.save_processed(folder, features, clips, SMALL, "UrbanSound8K", left_out)
     return features
 
 
@@ -388,7 +387,7 @@ def test_saving_again_never_mixes_two_sets(tmp_path):
     (tmp_path / "folds.pkl").unlink()
     (tmp_path / "folds.pkl" / "in the way").mkdir(parents=True)
     with pytest.raises(OSError):  # half of the new set is written
-        data_loader.save_processed(tmp_path, np.zeros((4, *SMALL.shape), "f2"), [0] * 4, [1] * 4, clips, SMALL, "x")
+        data_loader.save_processed(tmp_path, np.zeros((4, *SMALL.shape), "f2"), clips, SMALL, "x")
     shutil.rmtree(tmp_path / "folds.pkl")
     assert not (tmp_path / "features.json").exists()
     with pytest.raises(UserError, match=r"lacks folds\.pkl, .*features\.json: run"):

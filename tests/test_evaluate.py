@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -529,3 +530,44 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path):
     shutil.copy(folder / "predictions_fold_0.csv", folder / "predictions_fold_0 (copy).csv")
     (folder / "predictions_fold_1.csv.tmp").write_text("half a fi")
     assert evaluate.read_results(folder)["folds_present"] == 1
+
+
+# --- Folds that were trained apart -----------------------------------------------------------------------------------
+
+
+def test_joined_folds_have_the_report_of_one_run(tmp_path):
+    write_clips(tmp_path / "assets" / "data")
+    whole = write_run(tmp_path / "whole")
+    apart = [tmp_path / "a", tmp_path / "b" / "results"]  # a results folder, and an assets folder
+    for folder, folds in zip(apart, ([0, 2], [1]), strict=True):
+        folder.mkdir(parents=True)
+        for fold in folds:
+            for name in ("predictions", "history"):
+                shutil.copy(whole / f"{name}_fold_{fold}.csv", folder)
+        run = json.loads((whole / "run.json").read_text())
+        kept = {str(fold): 2 for fold in folds}
+        (folder / "run.json").write_text(json.dumps({**run, "best_epochs": kept, "temperatures": kept}))
+    set_temperatures(whole, {"0": 2, "1": 2, "2": 2})
+    assets = tmp_path / "assets"
+    for _ in range(2):  # the second time over the first
+        done = run_script("--assets_dir", assets, "--join", apart[0], apart[1].parent)
+        assert done.returncode == 0, done.stderr
+    run_script("--results_dir", whole, "--processed_dir", assets / "data")
+    for name in ("results.json", "report.md", "confusion_matrix.png", "curves.png"):
+        assert (assets / "results" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_runs_that_do_not_join(tmp_path):
+    a, b = write_run(tmp_path / "a", [0, 1]), write_run(tmp_path / "b", [2])
+    joined = tmp_path / "joined"
+    said = {
+        (a, write_run(tmp_path / "c", [1])): "predictions_fold_1.csv is in .*a and in .*c: each fold counts once",
+        (a, write_run(tmp_path / "d", [2], "none")): "d was trained with another validation than .*a",
+        (a, tmp_path / "nothing"): "no predictions in .*nothing: name the results folder of a run",
+    }
+    for folders, words in said.items():
+        done = run_script("--results_dir", joined, "--join", *folders)
+        assert done.returncode == 2 and re.search(words, done.stderr), done.stderr
+        assert list(joined.iterdir()) == []
+    done = run_script("--results_dir", write_run(tmp_path / "old", [5]), "--join", a, b)
+    assert done.returncode == 2 and "old has predictions_fold_5.csv of another run" in done.stderr

@@ -65,8 +65,7 @@ def make_processed(folder, seed=0, first_fsid=100, left_out=()):
         }
         for clip in range(12)
     ]
-    labels, folds = [clip["classID"] for clip in clips], [clip["fold"] for clip in clips]
-    data_loader.save_processed(folder, features, labels, folds, clips, audio, "UrbanSound8K", left_out)
+    data_loader.save_processed(folder, features, clips, audio, "UrbanSound8K", left_out)
 
 
 def content(folder):

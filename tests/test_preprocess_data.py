@@ -99,9 +99,7 @@ def preprocess(tmp_path, run_script, offline):
 
 
 def contents(folder):
-    return (
-        {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} if folder.exists() else {}
-    )
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file() and path.name != ".lock"}
 
 
 def one_line(done):
@@ -309,6 +307,58 @@ def test_bad_clips_are_listed_and_nothing_is_written_or_they_are_left_out(datase
     assert contents(tmp_path / "processed") == before
 
 
+# --- In parts ----------------------------------------------------------------------------------------------------
+
+
+def test_joined_parts_are_the_files_of_one_run(miniature, processed, dataset, preprocess, tmp_path):
+    for part in ("2/3", "1/3", "3/3"):  # in any order
+        done = preprocess(miniature, "--shard", part)
+        assert done.returncode == 0, done.stderr
+        assert "20 clips in" in done.stdout
+    assert "Nothing to do" in preprocess(miniature, "--shard", "2/3").stdout
+    done = preprocess(miniature, "--join")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^60 clips in .*features \(60, 128, 173\) float16", done.stdout, re.M)
+    assert contents(tmp_path / "processed") == contents(processed[0])
+    assert "Nothing to do" in preprocess(miniature).stdout
+
+
+def test_parts_with_clips_left_out(dataset, preprocess, tmp_path):
+    folder, rows = dataset(7)
+    clip_path(folder, rows[1]).unlink()
+    clip_path(folder, rows[6]).write_text("not a sound")
+    assert preprocess(folder, "--allow_missing").returncode == 0
+    whole = contents(tmp_path / "processed")
+    shutil.rmtree(tmp_path / "processed")
+    assert "1 of the metadata's clips" in preprocess(folder, "--shard", "1/2").stderr
+    for part in ("1/2", "2/2"):
+        assert preprocess(folder, "--shard", part, "--allow_missing").returncode == 0
+    assert preprocess(folder, "--join").returncode == 0
+    assert contents(tmp_path / "processed") == whole
+
+
+def test_parts_that_do_not_join(dataset, preprocess, tmp_path):
+    folder, _ = dataset(6)
+    other, _ = dataset(6, "another")
+    shards = tmp_path / "processed" / "shards"
+    assert "has no parts: --join needs all parts of one number, as --shard 1/8" in one_line(
+        preprocess(folder, "--join")
+    )
+    assert "--shard 7/7: the data set has 6 clips, fewer than parts" in one_line(preprocess(folder, "--shard", "7/7"))
+    for bad in ("0/3", "4/3", "3", "a/b"):
+        assert f"{bad!r} is not a part such as 3/8" in preprocess(folder, "--shard", bad).stderr
+    assert preprocess(folder, "--shard", "1/2").returncode == 0
+    assert "lacks 2_of_2: run python preprocess_data.py --shard 2/2 first" in one_line(preprocess(folder, "--join"))
+    assert preprocess(other, "--shard", "2/2").returncode == 0
+    assert "is of another and" in one_line(preprocess(folder, "--join"))
+    assert preprocess(folder, "--shard", "2/2", "--overwrite").returncode == 0
+    with open(shards / "2_of_2" / "features.pkl", "r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    assert "2_of_2 is not one complete set" in one_line(preprocess(folder, "--join"))
+    assert contents(tmp_path / "processed") == {}
+
+
 def test_no_clip_that_can_be_read(dataset, preprocess, tmp_path):
     folder, rows = dataset(2)
     for row in rows:
@@ -474,6 +524,7 @@ def test_kill_leaves_no_worker_and_the_old_files(long_job, start_working, proces
     process.kill()
     process.wait()
     assert wait_for_end(children) == []
+    (tmp_path / "processed" / "features.pkl.tmp").unlink()  # which the next run takes over
     assert contents(tmp_path / "processed") == contents(processed[0])
 
 

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,64 @@ def test_save_pickle_and_what_it_gives_back_can_be_written_to(tmp_path):
     assert same(loaded, features)
     loaded += 1  # its own memory
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["features.pkl"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int64"])
+@pytest.mark.parametrize("lengths", [(), (1,), (3, 1, 2)])
+def test_an_array_that_is_written_row_by_row(tmp_path, dtype, lengths):
+    path = tmp_path / "a.pkl"
+    rows = [np.random.default_rng(n).normal(0, 9, (n, 151, 5)).astype(dtype) for n in lengths]
+    with utils.array_writer(path, (151, 5), dtype) as append:
+        for part in rows:
+            append(part)
+    whole = np.concatenate([np.empty((0, 151, 5), dtype), *rows])
+    assert same(utils.load_pickle(path), whole)
+    assert same(pickle.loads(path.read_bytes()), whole)  # Python's own reads it too
+    with pytest.raises(ValueError, match="rows of"), utils.array_writer(path, (151, 4), dtype) as append:
+        append(whole)
+    assert same(utils.load_pickle(path), whole)  # the file before
+
+
+def test_a_mapped_array_stays_on_the_disk_and_is_not_written_to(tmp_path):
+    path = tmp_path / "a.pkl"
+    large, small = np.arange(1 << 20, dtype=np.float32).reshape(1 << 10, -1), np.arange(10)
+    utils.save_pickle(path, {"large": large, "small": small})
+    before = path.read_bytes()
+    mapped = utils.load_pickle(path, memory_map=True)
+    assert same(mapped, {"large": large, "small": small})
+    mapped["large"] += 1  # this process's copy
+    assert path.read_bytes() == before
+    assert same(utils.load_pickle(path, memory_map=True)["large"], large)
+    path.write_bytes(before[: len(before) // 2])
+    with pytest.raises(UserError, match=r"a\.pkl is damaged"):
+        utils.load_pickle(path, memory_map=True)
+
+
+# Prints by how many kB the process's own memory grows when it loads and reads an array.
+OWN_MEMORY = """
+import re, sys
+import utils
+
+def own():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+before = own()
+array = utils.load_pickle(sys.argv[1], memory_map=bool(sys.argv[2]))
+array.sum()
+print(own() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
+def test_a_mapped_array_takes_no_memory_of_its_own(tmp_path):
+    path = tmp_path / "a.pkl"
+    utils.save_pickle(path, np.ones(100 << 20, np.uint8))
+    used = {}
+    for memory_map in (True, False):
+        command = [sys.executable, "-c", OWN_MEMORY, str(path), "1" if memory_map else ""]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=True)
+        used[memory_map] = int(done.stdout) / 1024  # MB
+    assert used[True] < 20 < 90 < used[False]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

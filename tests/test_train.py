@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from PIL import Image
+from run_files import assert_same_files, epoch_lines, files_of, plain
 
 import calibration
 import checkpoint
@@ -66,45 +67,6 @@ def refusal(done):
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
     return line
-
-
-def files_of(assets):
-    return sorted(str(path.relative_to(assets)) for path in assets.rglob("*") if path.is_file())
-
-
-def contents(assets, pattern=""):
-    """{relative path: contents} of a run's files whose path has the pattern, without the run's random id."""
-    found = {}
-    for name in files_of(assets):
-        path = assets / name
-        if not re.search(pattern, name) or path.name == ".lock":
-            continue
-        found[name] = path.read_bytes()
-        if path.suffix == ".pt":
-            found[name] = plain({**checkpoint.read_pt(path), "run_id": None})
-        elif path.name == "training_state.json":
-            found[name] = {**json.loads(found[name]), "run_id": None}
-    return found
-
-
-def plain(value):
-    """A nested value with its tensors as bytes, so that == compares them bit for bit."""
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else value
-
-
-def assert_same_files(assets, expected, pattern=""):
-    ours, theirs = contents(assets, pattern), contents(expected, pattern)
-    assert list(ours) == list(theirs)
-    assert [name for name in ours if ours[name] != theirs[name]] == []
-
-
-def epoch_lines(text):
-    """[(fold, epoch)] of the epochs that a run says it trained."""
-    return [(int(fold), int(epoch)) for fold, epoch in re.findall(r"^fold (\d)  epoch (\d)/", text, re.M)]
 
 
 def read_rows(path):
@@ -498,7 +460,7 @@ def swap_labels(data, folder, fold):
         {**clip, "classID": int(label), "class": names[label]}
         for clip, label in zip(processed.clips, labels, strict=True)
     ]
-    data_loader.save_processed(folder, processed.features, labels, processed.folds, clips, processed.audio, "swapped")
+    data_loader.save_processed(folder, processed.features, clips, processed.audio, "swapped")
 
 
 @pytest.mark.parametrize(("fold", "role"), [(1, "test"), (3, "training")])
@@ -538,9 +500,7 @@ def test_odd_folds_a_missing_class_and_one_clip_over(data, scripts, tmp_path):
         {**processed.clips[clip], "fold": int(fold), "classID": int(label), "class": ("dog_bark", "siren")[label]}
         for clip, fold, label in zip(keep, folds, labels, strict=True)
     ]
-    data_loader.save_processed(
-        tmp_path / "data", processed.features[keep], labels, folds, clips, processed.audio, "odd"
-    )
+    data_loader.save_processed(tmp_path / "data", processed.features[keep], clips, processed.audio, "odd")
     flags = ("--folds", "8", "--epochs", 1, "--batch_size", 4, "--validation", "test_fold", "--assets_dir", tmp_path)
     done = scripts.run("train", *flags)
     assert done.returncode == 0, done.stderr
