@@ -333,7 +333,7 @@ def benchmark_overhead(folder, n_clips=EPOCH_CLIPS):
     paths = SimpleNamespace(checkpoints=folder / "checkpoints", models=folder / "models", results=folder / "results")
     run = checkpoint.Run(paths, settings, [0])
     features = torch.from_numpy(data.features)
-    fold = train.make_fold(0, data, features, settings, paths.checkpoints)
+    fold = train.make_fold(0, data, features, settings, paths.checkpoints, features.device)
     frames = batches.crop_length(AUDIO.n_frames, settings)
     inputs, wanted = random_examples(config.BATCH_SIZE, frames)
     slices = batches.batch_slices(len(fold.training), config.BATCH_SIZE)

@@ -315,7 +315,7 @@ def make_miniature(dataset_dir, folds=10, clips_per_class=3, seed=0, force=False
     if table.exists() and not force and all(sizes.get(name) for name in planned):
         return False
     table.unlink(missing_ok=True)
-    for clip in tqdm(clips, desc="miniature", unit="clip", leave=False, mininterval=0.5):
+    for clip in tqdm(clips, desc="miniature", unit="clip", leave=False, mininterval=0.5, disable=None):
         path = dataset_dir / clip.name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_clip(path, render(clip), clip.file_format[0], clip.file_format[2])

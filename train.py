@@ -170,12 +170,12 @@ def train_epoch(fold, epoch, settings):
     The accuracy counts augmented examples, against the larger share of each mixed pair.
     """
     features, targets, statistics = fold.tensors
-    network, optimizer, device = fold.network, fold.optimizer, features.device
+    network, optimizer = fold.network, fold.optimizer
     disable = None if fold.shows_bar else True  # None: where there is no terminal
     slices = batches.batch_slices(len(fold.training), settings["batch_size"])
     total_steps = len(slices) * settings["epochs"]
     seed_parts = settings["seed"], fold.number, epoch
-    plan = batches.plan_epoch(fold.training, features.shape[1:], settings, seed_parts, device)
+    plan = batches.plan_epoch(fold.training, features.shape[1:], settings, seed_parts, features.device)
     torch.manual_seed(utils.derive_seed("dropout", *seed_parts))
     network.train()
     losses, correct, rates = [], [], []
@@ -183,7 +183,8 @@ def train_epoch(fold, epoch, settings):
         rates.append(learning_rate_at((epoch - 1) * len(slices) + number, total_steps, settings))
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]
-        inputs, wanted = batches.training_batch(features, targets, statistics, plan[batch], settings)
+        examples = batches.training_batch(features, targets, statistics, plan[batch], settings)
+        inputs, wanted = (tensor.to(fold.device, non_blocking=True) for tensor in examples)
         loss, logits = train_step(network, optimizer, inputs, wanted, settings["label_smoothing"])
         losses.append(loss * len(inputs))
         correct.append((logits.argmax(1) == wanted.argmax(1)).sum())
@@ -211,8 +212,8 @@ def predict_logits(fold, indices, precision=config.PRECISION):
     logits = []
     for start in range(0, len(indices), EVALUATION_BATCH):
         clips = features[torch.from_numpy(indices[start : start + EVALUATION_BATCH]).to(features.device)]
-        inputs = batches.normalise(clips, statistics).contiguous(memory_format=torch.channels_last)
-        with utils.autocast(features.device, precision):
+        inputs = batches.normalise(clips, statistics).to(fold.device).contiguous(memory_format=torch.channels_last)
+        with utils.autocast(fold.device, precision):
             logits.append(fold.network(inputs).float())
     logits = torch.cat(logits)
     if not logits.isfinite().all():
@@ -220,12 +221,18 @@ def predict_logits(fold, indices, precision=config.PRECISION):
     return logits
 
 
+def targets_of(fold, indices):
+    """Return the one-hot targets of clips, on the network's device."""
+    targets = fold.tensors[1]
+    return targets[torch.from_numpy(indices).to(targets.device)].to(fold.device)
+
+
 def validate(fold):
     """Return (loss, accuracy) over the validation clips, or (None, None) if the protocol has none."""
     if not len(fold.validation):
         return None, None
     logits = predict_logits(fold, fold.validation)
-    targets = fold.tensors[1][torch.from_numpy(fold.validation).to(logits.device)]
+    targets = targets_of(fold, fold.validation)
     accuracy = (logits.argmax(1) == targets.argmax(1)).float().mean()
     return cross_entropy(logits, targets).item(), accuracy.item()
 
@@ -241,7 +248,8 @@ class Fold:
     training: np.ndarray  # clip indices
     validation: np.ndarray
     test: np.ndarray
-    tensors: tuple  # features, one-hot targets, band statistics: on the device
+    tensors: tuple  # features, one-hot targets, band statistics: on one device, see `place_features`
+    device: torch.device  # of the network
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
     info: dict  # metadata of its model files
@@ -250,14 +258,27 @@ class Fold:
     shows_bar: bool = True  # those of several processes would overwrite each other
 
 
-def make_fold(number, data, features, settings, checkpoint_dir):
-    """Return a Fold at its beginning: data split, normalisation measured, network initialised from (seed, fold)."""
+def place_features(features, device):
+    """Return the features as a tensor on the device; where they would take over half of its memory, on the CPU.
+
+    On the CPU they stay on the disk and in the system's cache of it, and each batch goes to the device by itself.
+    """
+    if device.type == "cuda" and features.nbytes > torch.cuda.mem_get_info(device)[1] / 2:
+        return torch.from_numpy(features)
+    return torch.from_numpy(features).to(device)
+
+
+def make_fold(number, data, features, settings, checkpoint_dir, device):
+    """Return a Fold at its beginning: data split, normalisation measured, network initialised from (seed, fold).
+
+    features: data.features as `place_features` gives them.
+    """
     training, validation, test = batches.split(data.folds, number + 1, settings["validation"])
     statistics = batches.band_statistics(data.features, training)
-    device = features.device
     class_ids = np.array(list(data.class_names))
     targets = torch.from_numpy((data.labels[:, None] == class_ids).astype(np.float32))  # (clips, classes)
-    tensors = features, targets.to(device), [torch.from_numpy(row).to(device) for row in statistics]
+    statistics_there = [torch.from_numpy(row).to(features.device) for row in statistics]
+    tensors = features, targets.to(features.device), statistics_there
     torch.manual_seed(utils.derive_seed("weights", settings["seed"], number))
     network = build_model(settings["model"], len(class_ids), features.shape[1])
     network = network.to(device, memory_format=torch.channels_last)
@@ -276,7 +297,7 @@ def make_fold(number, data, features, settings, checkpoint_dir):
     }
     folder = checkpoint.fold_dir(checkpoint_dir, number)
     optimizer = make_optimizer(network, settings)
-    return Fold(number, training, validation, test, tensors, network, optimizer, info, folder)
+    return Fold(number, training, validation, test, tensors, device, network, optimizer, info, folder)
 
 
 def make_optimizer(network, settings):
@@ -366,8 +387,7 @@ def fit_confidence(fold):
     if fold.info["settings"]["validation"] != "next_fold":
         return {}
     logits = predict_logits(fold, fold.validation, "float32")
-    targets = fold.tensors[1][torch.from_numpy(fold.validation).to(logits.device)]
-    return calibration.fit(logits, targets.argmax(1))
+    return calibration.fit(logits, targets_of(fold, fold.validation).argmax(1))
 
 
 def test_fold(fold, data, paths, run):
@@ -430,13 +450,13 @@ def start_again(paths, folds, settings, team):
 def train_folds(folds, data, settings, paths, device, tracker, models, team=processes.ALONE):
     """Train and test the folds that are not done yet, then write the report over all that are."""
     run = checkpoint.Run(paths, settings, folds, team)
-    features = torch.from_numpy(data.features).to(device)  # (clips, n_mels, frames), on the device once
+    features = place_features(data.features, device)  # (clips, n_mels, frames)
     if team.is_first:
         start_run(run, data, device, models)
     number = None
     try:
         for number in run.folds_left():
-            fold = make_fold(number, data, features, settings, paths.checkpoints)
+            fold = make_fold(number, data, features, settings, paths.checkpoints, device)
             fold.shows_bar = team.size == 1
             resume(fold, settings, run)
             tracker.start_fold(fold, run)

@@ -23,6 +23,7 @@ import demo_data
 INSTALLS = "installs packages or takes minutes: tests/test_setup.py tests the set-up scripts"
 NEEDS_ACCOUNT = "needs an account and the network: tests/test_hub.py and test_tracking.py test it against loopback"
 NEEDS_SOUND = "needs a loudspeaker or a microphone: tests/test_sound_device.py and test_listen.py have files instead"
+NEEDS_CLUSTER = "needs a cluster: tests/test_processes.py has nodes on loopback, test_slurm.py the job"
 LEFT_OUT = {
     "bash 00_setup.sh": INSTALLS,
     "bash 01_setup.sh": INSTALLS,
@@ -30,6 +31,15 @@ LEFT_OUT = {
     "bash 03_test.sh": INSTALLS,
     "conda activate audio_env": INSTALLS,
     "python download_data.py": "fetches 6 GB: tests/test_download_data.py tests it against loopback",
+    "torchrun --nproc-per-node=4 --max-restarts=10 train.py": "as tests/test_processes.py does, with two",
+    "torchrun --nnodes=1:4 --nproc-per-node=8 --max-restarts=10 --rdzv-id=1 --rdzv-backend=c10d "
+    "    --rdzv-endpoint=FIRST_NODE:29500 train.py --assets_dir /shared/urbansound": NEEDS_CLUSTER,
+    "sbatch --array=0-9 slurm.sh": NEEDS_CLUSTER,
+    "sbatch --nodes=2 --gpus-per-node=4 slurm.sh": NEEDS_CLUSTER,
+    "python train.py --folds 0-4": "wants ten folds: tests/test_evaluate.py joins runs",
+    "python train.py --folds 5-9": "wants ten folds: tests/test_evaluate.py joins runs",
+    "python evaluate.py --join ../assets/audio_is_all_you_need ../there --results_dir ../joined": "needs the two above",
+    "python benchmark_processes.py": "takes minutes: tests/test_benchmark_processes.py runs it small",
     "python benchmark.py": "takes minutes: tests/test_benchmark.py runs a stage of it",
     "HF_REPO_ID=owner/data python preprocess_data.py": NEEDS_ACCOUNT,
     "HF_MODEL_REPO_ID=owner/model python train.py": NEEDS_ACCOUNT,
