@@ -33,7 +33,7 @@ main() {
   fi
 
   echo "pytest ..."
-  "$python" -sE -m pytest -n 2 --dist loadfile "$@"
+  "$python" -sE -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 }
 
 main "$@"

@@ -27,7 +27,7 @@ START_TIMEOUT = timedelta(minutes=10)  # for the slowest node to have imported t
 ANSWER_TIMEOUT = timedelta(seconds=2)  # for an address to be known as one that nobody answers at
 LONGEST_RUN = timedelta(days=30)  # that a process without a fold waits for the others
 WAITING_PAUSE = 0.2  # s between two looks at whether the others have ended
-SHARED_SECONDS = 10  # for a file to be seen on another node: network disks look again after seconds
+SHARED_SECONDS = 5  # for a file to be seen on another node: network disks look again after seconds
 
 
 class Team:

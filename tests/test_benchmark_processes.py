@@ -13,7 +13,7 @@ from utils import UserError
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads memory from /proc")
 
 # Holds 200 MB in a process that it starts, long enough to be looked at.
-HOLD = "import time; held = bytearray(b'x' * 200_000_000); time.sleep(1)"
+HOLD = "import time; held = b'x' * 200_000_000; time.sleep(1)"
 START = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {HOLD!r}]); print('done')"
 
 

