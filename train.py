@@ -451,8 +451,7 @@ def train_folds(folds, data, settings, paths, device, tracker, models, team=proc
     """Train and test the folds that are not done yet, then write the report over all that are."""
     run = checkpoint.Run(paths, settings, folds, team)
     features = place_features(data.features, device)  # (clips, n_mels, frames)
-    if team.is_first:
-        start_run(run, data, device, models)
+    team.once(lambda: start_run(run, data, device, models))
     number = None
     try:
         for number in run.folds_left():
