@@ -157,12 +157,14 @@ def test_chosen_weights_have_the_best_validation_loss_and_gave_the_predictions(r
 def test_temperature_and_threshold_are_those_of_the_validation_clips(reference, data):
     assets, _ = reference
     state = json.loads((assets / "checkpoints" / "training_state.json").read_text())
+    differences = []  # from what the test clips would give: a fold's network may answer all clips alike
     for fold in FOLDS:
         expected = calibration.fit(*network_outputs(assets, fold, (fold + 1) % 3 + 1, data))
         for name, value in expected.items():
             assert state["folds"][str(fold)][name] == pytest.approx(value, abs=2e-4), (fold, name)
         of_test_clips = calibration.fit(*network_outputs(assets, fold, fold + 1, data))
-        assert any(of_test_clips[name] != pytest.approx(value, abs=2e-4) for name, value in expected.items())
+        differences += [abs(of_test_clips[name] - value) for name, value in expected.items()]
+    assert max(differences) > 1e-3
     rows = read_rows(assets / "results" / "predictions_fold_0.csv")[1:]  # raw, and small ones not rounded to 0
     logits, _ = network_outputs(assets, 0, 1, data)
     shares = np.array([row[2:] for row in rows], float)
