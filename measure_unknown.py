@@ -1,7 +1,7 @@
 """How well does 'may be none of the classes' work? Train without a class, and see how its clips score.
 
     python measure_unknown.py                                       # fold 0, each class held out once
-    python measure_unknown.py --folds 1 --epochs 15 --classes siren,dog_bark
+    python measure_unknown.py --folds 1 --epochs 15 --classes siren,dog_bark --sounds 20
 
 For each class: a network is trained by train.py's own functions on data without that class. Its score (energy, see
 calibration.py) is then compared between the held-out class, all of whose clips it has never seen, and the test clips of
@@ -35,7 +35,7 @@ import utils
 from model import load_model, model_path
 from utils import UserError
 
-SOUNDS_OF_A_KIND = 100
+SOUNDS_OF_A_KIND = 100  # noise, speech-like and so on
 LEVELS = -40, -6  # dBFS; the peak of a made sound is drawn from between
 QUIET_LEVEL = -90  # dBFS; of silence-like noise: one step of 16 bits
 VOWELS = [(270, 2290, 3010), (530, 1840, 2480), (730, 1090, 2440), (570, 840, 2410), (300, 870, 2240)]  # formants, Hz
@@ -54,6 +54,7 @@ def parse_args():
     add("--processed_dir", metavar="DIR", help="processed files of stage 2 (default: data/ in the assets)")
     add("--folds", type=utils.parse_folds, default=[0], help="0-indexed test folds (default: 0)")
     add("--epochs", type=utils.positive_int, default=config.EPOCHS, help=f"default: {config.EPOCHS}")
+    add("--sounds", type=utils.positive_int, default=SOUNDS_OF_A_KIND, help=f"of a kind (default: {SOUNDS_OF_A_KIND})")
     add("--classes", help="names of the classes to hold out, with commas (default: every class)")
     add("--device", default=config.DEVICE, help=f"auto, cpu, cuda, cuda:1, mps; default: {config.DEVICE}")
     add("--fresh", action="store_true", help="remove what an earlier run left for these folds and classes")
@@ -96,7 +97,7 @@ def syllable(rng, voice, length, sample_rate):
     return np.hanning(length) * vowel + rng.uniform(0, 0.3) * hiss
 
 
-def made_sounds(audio, seed, count=SOUNDS_OF_A_KIND):
+def made_sounds(audio, seed, count):
     """Return {kind: features (count, n_mels, n_frames) in dB} of sounds that are none of the classes."""
     kinds = {
         "white noise": lambda rng: coloured_noise(rng, audio, 0),
@@ -227,7 +228,7 @@ def main():
     names = args.classes.split(",") if args.classes else list(ids)
     if unknown := [name for name in names if name not in ids]:
         raise UserError(f"--classes {', '.join(unknown)}: the classes are {', '.join(ids)}")
-    sounds = made_sounds(data.audio, config.SEED)
+    sounds = made_sounds(data.audio, config.SEED, args.sounds)
     rows = [row for fold in args.folds for row in measure(fold, [ids[name] for name in names], data, args, sounds)]
     held_out = [row for row in rows if row["what"] in ids]
     made = [row for row in rows if row["what"] not in ids]

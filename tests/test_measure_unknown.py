@@ -78,14 +78,14 @@ def test_data_without_a_class(random_data, tmp_path):
 
 def test_command_line_measures_and_goes_on(random_data, run_script, scripts, tmp_path):
     random_data(tmp_path / "data")
-    flags = ("--epochs", 1, "--classes", "siren", "--assets_dir", tmp_path)
+    flags = ("--epochs", 1, "--classes", "siren", "--sounds", 4, "--assets_dir", tmp_path)
     hub = {"HF_MODEL_REPO_ID": "me/model", "WANDB_PROJECT": "sounds"}  # both must be left alone
     done = run_script("measure_unknown.py", *flags, env=hub)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" and not (tmp_path / "wandb").exists()
     rows = json.loads((tmp_path / "unknown" / "unknown.json").read_text())
     assert [row["what"] for row in rows] == ["siren", *measure_unknown.made_sounds(AUDIO, 0, count=1)]
-    assert rows[0]["clips"] == 12
+    assert [row["clips"] for row in rows] == [12, 4, 4, 4, 4]
     assert all(0 <= row[name]["auroc"] <= 1 for row in rows for name in measure_unknown.SCORES)
     network, info = model.load_model(model.model_path(tmp_path / "unknown" / "without_1" / "models", 0))
     data = data_loader.load_processed(tmp_path / "data")
