@@ -8,7 +8,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -16,6 +15,7 @@ import calibration
 import config
 import utils
 from audio_settings import AudioSettings
+from layers import Dropout, InputBlock, conv_block
 from utils import UserError
 
 
@@ -31,7 +31,7 @@ class AudioCNN(nn.Module):
 
     def __init__(self, n_classes, n_mels, block_dropout=config.BLOCK_DROPOUT, head_dropout=config.HEAD_DROPOUT):
         super().__init__()
-        self.block1 = conv_block(1, 32, (2, 2), block_dropout)
+        self.block1 = InputBlock(*conv_block(1, 32, (2, 2), block_dropout))
         self.block2 = conv_block(32, 64, (2, 2), block_dropout)
         self.block3 = conv_block(64, 128, (2, 4), block_dropout)
         self.over_bands = nn.Conv1d(128, 64, kernel_size=3, padding=1)
@@ -68,64 +68,6 @@ class AudioTrio(nn.Module):
         """Normalised log-mel (B, 1, n_mels, frames) -> logits (B, n_classes); in training each branch's, (3 B, ...)."""
         logits = [branch(x) for branch in self.branches]  # three of (B, n_classes)
         return torch.cat(logits) if self.training else torch.stack(logits).mean(dim=0)
-
-
-def conv_block(channels_in, channels_out, pool, dropout):
-    """Return Conv2d 3x3 -> BatchNorm2d -> MaxPool2d -> ReLU -> Dropout.
-
-    ReLU after pooling gives the same function as before it, for a fraction of its work.
-    """
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1),
-        nn.BatchNorm2d(channels_out),
-        nn.MaxPool2d(pool),
-        nn.ReLU(),
-        Dropout(dropout),
-    )
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout, with masks drawn four elements per 64 random bits on a CPU.
-
-    `bernoulli_` there runs on one thread and took a quarter of a training step. The probability is rounded to 16 bits
-    (0.1 becomes 6554 / 65536). The masks follow from torch's own seed, as nn.Dropout's do.
-    """
-
-    def forward(self, x):
-        if x.device.type != "cpu" or not self.training or not 0 < self.p < 1:
-            return super().forward(x)
-        seed = torch.empty((), dtype=torch.int64).random_().item()
-        bits = np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.int16)[: x.numel()]
-        threshold = min(round(self.p * 65536), 65535)
-        # Signed: the lowest `threshold` values start at -32768. All bits are set where x stays, else none.
-        mask = _integers(torch.from_numpy(bits) < threshold - 32768, x).sub_(1)
-        # In x's own order of dimensions, without the gaps or overlaps that a view has.
-        mask = mask.as_strided(x.shape, torch.empty_like(x).stride())
-        return _MaskAndScale.apply(x, mask, 65536 / (65536 - threshold))
-
-
-def _integers(tensor, like):
-    """Return a tensor as integers of as many bits as the elements of `like`: a new one, or a view of the same bits."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[like.element_size()]
-    return tensor.to(integer) if tensor.dtype == torch.bool else tensor.view(integer)
-
-
-class _MaskAndScale(torch.autograd.Function):
-    """x where the mask is set, else 0, times scale. Bits are masked faster than numbers are multiplied by booleans.
-
-    Autograd's own product would also keep x for the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, x, mask, scale):
-        ctx.save_for_backward(mask)
-        ctx.scale = scale
-        return (_integers(x, x) & mask).view(x.dtype).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (mask,) = ctx.saved_tensors
-        return (_integers(gradient, gradient) & mask).view(gradient.dtype).mul_(ctx.scale), None, None
 
 
 MODELS = {"AudioCNN": AudioCNN, "AudioTrio": AudioTrio}  # a new network is a class above and a name here

@@ -1,4 +1,4 @@
-"""The networks against plain versions of themselves, Dropout, and model files from friends and strangers."""
+"""The networks against plain versions of themselves, and model files from friends and strangers."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def test_audio_cnn_is_the_network_of_the_design(network, training, memory_format
     logits.square().sum().backward()
     expected.square().sum().backward()
     for name, parameter in network.named_parameters():
-        scale = float(state[name].grad.abs().max())
+        scale = max(float(state[name].grad.abs().max()), 0.1)  # of a bias before a norm nothing but rounding is left
         torch.testing.assert_close(parameter.grad, state[name].grad, rtol=1e-3, atol=1e-4 * scale)
     for name, tensor in network.state_dict().items():
         if "running" in name:
@@ -99,82 +99,6 @@ def test_clips_of_a_batch_do_not_meet_in_evaluation(network):
 def test_unknown_network_names_the_known_ones():
     with pytest.raises(UserError, match=r"no model 'AudioCMM' in model.py: MODEL in config.py is one of AudioCNN"):
         model.build_model("AudioCMM", 10, 128)
-
-
-# --- Dropout -----------------------------------------------------------------------------------------------------
-
-
-def dropped(p, x, seed=0):
-    torch.manual_seed(seed)
-    return model.Dropout(p).train()(x)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9])
-def test_dropout_keeps_its_share_and_scales_it_up(p):
-    n = 400_000
-    kept = dropped(p, torch.ones(n))
-    values = kept.unique()
-    assert values.tolist() == pytest.approx([0, 1 / (1 - p)], abs=1e-3 / (1 - p))
-    spread = (p * (1 - p) / n) ** 0.5
-    assert abs((kept > 0).float().mean().item() - (1 - p)) < 5 * spread + 1e-5
-
-
-def layouts():
-    base = torch.arange(1.0, 1 + 8 * 6 * 10 * 12).reshape(8, 6, 10, 12)
-    return {
-        "contiguous": base,
-        "channels last": base.contiguous(memory_format=torch.channels_last),
-        "transposed": base.transpose(0, 3),
-        "sliced": base[1:7:2, :, ::3],
-        "with an offset": base[3:],
-        "expanded": torch.arange(1.0, 13).expand(8, 6, 10, 12),
-        "bfloat16": base.bfloat16(),
-        "one element": base[:1, :1, :1, :1],
-        "empty": base[:0],
-    }
-
-
-@pytest.mark.parametrize("layout", layouts())
-def test_dropout_of_any_layout(layout):
-    x = layouts()[layout]
-    result = dropped(0.5, x)
-    assert result.shape == x.shape
-    assert result.dtype == x.dtype
-    assert torch.equal(result, torch.where(result != 0, 2 * x, 0))
-    if x.numel() > 100:
-        kept = result != 0
-        assert 0.4 < kept.float().mean() < 0.6
-        for dim in range(x.ndim):  # each element has a draw of its own: no two neighbours along a dimension are tied
-            one, other = kept.narrow(dim, 0, 1), kept.narrow(dim, 1, 1)
-            assert 0.2 < (one == other).float().mean() < 0.8
-        assert not torch.equal(kept, dropped(0.5, x, seed=1) != 0)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "sliced", "expanded"])
-def test_gradient_of_dropout_is_its_mask(layout):
-    x = layouts()[layout].clone(memory_format=torch.preserve_format).requires_grad_()
-    result = dropped(0.2, x)
-    gradient = torch.randn(x.shape)
-    (received,) = torch.autograd.grad(result, x, gradient)
-    torch.testing.assert_close(received, gradient * (result / x).detach(), rtol=1e-5, atol=0)
-
-
-def test_dropout_follows_from_the_seed():
-    x = torch.ones(10_000)
-    torch.manual_seed(7)
-    layer = model.Dropout(0.3).train()
-    first, second = layer(x), layer(x)
-    torch.manual_seed(7)
-    assert torch.equal(layer(x), first)
-    assert torch.equal(layer(x), second)
-    assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize(("p", "training", "factor"), [(0.5, False, 1), (0, True, 1), (1, True, 0)])
-def test_dropout_at_its_ends_and_in_evaluation(p, training, factor):
-    x = torch.ones(1_000_000)
-    torch.manual_seed(0)
-    assert torch.equal(model.Dropout(p).train(training)(x), factor * x)
 
 
 # --- Model files -------------------------------------------------------------------------------------------------
