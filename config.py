@@ -44,11 +44,11 @@ BLOCK_DROPOUT = 0.1  # after each convolution block
 HEAD_DROPOUT = 0.5  # before the last linear layer
 SEED = 0
 
-# Augmentation, of training batches only; 0 turns a part off.
+# Augmentation, of training batches only; 0 turns a part off. RESULTS.md has what each part is worth.
 CROP_FRAMES = 96  # frames of a random crop (of 173): halves the cost of a step; testing uses whole clips
 TIME_STRETCH = 0.2  # a crop plays faster or slower by up to this share: nearest frames, so that it costs nothing
 MIXUP_ALPHA = 0.3  # Beta(a, a) of mixup (Zhang et al. 2018, arXiv:1710.09412)
-BAND_SHIFT = 0  # mel bands; random shift up or down by at most this many; 5 cost 2 to 5 points (RESULTS.md)
+BAND_SHIFT = 0  # mel bands; random shift up or down by at most this many; 5 cost 5 points
 BAND_STRETCH = 0.1  # random stretch of the mel axis by up to this share
 GAIN_DB = 6.0  # dB; random level up or down by at most this
 FILTER_DB = 6.0  # dB; random frequency response within this, as of another microphone (Nam et al., arXiv:2110.03282)

@@ -54,7 +54,7 @@ class AudioTrio(nn.Module):
     """Three AudioCNNs side by side, each trained by its own loss; they answer with the mean of their logits.
 
     750,750 parameters. What one network takes a whole recording for depends on chance: two trainings that differ in
-    their seed alone disagree on a fifth to a quarter of the clips. The mean of three is steadier, and right more often.
+    their seed alone disagree on a fifth of the clips. The mean of three is steadier, and right more often.
     """
 
     least_shape = AudioCNN.least_shape
