@@ -401,13 +401,12 @@ def test_relative_folders(dataset, run_script, offline, tmp_path):
 # --- Stops and kills ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def long_job(tmp_path, miniature):
-    """(folder of a data set of 400 clips, which take some seconds; command to preprocess it with two workers)."""
+def job_of(n_clips, tmp_path, miniature):
+    """Return the command to preprocess a new data set of so many clips, links to one file, with two workers."""
     folder = tmp_path / "UrbanSound8K"
     rows = rows_of(miniature)
     slowest = max(rows, key=lambda row: clip_path(miniature, row).stat().st_size)
-    rows = [{**slowest, "slice_file_name": f"{n}.wav", "fold": 1} for n in range(400)]
+    rows = [{**slowest, "slice_file_name": f"{n}.wav", "fold": 1} for n in range(n_clips)]
     (folder / "audio" / "fold1").mkdir(parents=True)
     shutil.copyfile(clip_path(miniature, slowest), tmp_path / "clip")
     for row in rows:
@@ -415,6 +414,12 @@ def long_job(tmp_path, miniature):
     write_rows(folder, rows)
     output = tmp_path / "processed"
     return [sys.executable, REPOSITORY / SCRIPT, "--data_dir", folder, "--output_dir", output, "--workers", "2"]
+
+
+@pytest.fixture
+def long_job(tmp_path, miniature):
+    """A command that takes some seconds, also on a machine that does a clip in a millisecond."""
+    return job_of(5000, tmp_path, miniature)
 
 
 def processes():
@@ -500,7 +505,8 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_between_two_clips_does_not_work_off_the_others(long_job, tmp_path):
+def test_ctrl_c_between_two_clips_does_not_work_off_the_others(miniature, tmp_path):
+    command = job_of(400, tmp_path, miniature)
     clips = sorted((tmp_path / "UrbanSound8K" / "audio" / "fold1").iterdir())
     for path in clips:  # links become files of their own, which were last read in 1970
         content = path.read_bytes()
@@ -510,7 +516,7 @@ def test_ctrl_c_between_two_clips_does_not_work_off_the_others(long_job, tmp_pat
     clips[0].read_bytes()
     if clips[0].stat().st_atime == 0:
         pytest.skip("this file system does not record when a file was read")
-    command = [sys.executable, "-c", CTRL_C_BETWEEN_CLIPS, *long_job[2:]]
+    command = [sys.executable, "-c", CTRL_C_BETWEEN_CLIPS, *command[2:]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, preexec_fn=hear_ctrl_c)
     assert done.returncode == 130, done.stderr
     assert done.stderr == "\nStopped. Nothing was changed; the same command starts again.\n"
