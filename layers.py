@@ -23,8 +23,8 @@ class InputBlock(nn.Sequential):
     """The layers of a conv_block of one input channel; BatchNorm2d is worked into the weights in training on a CPU.
 
     The convolution is linear, so that mean and variance of its outputs follow from those of the patches it reads.
-    Normalising the weights instead of the outputs saves seven passes over the largest tensor of the network: a
-    tenth of a training step.
+    Normalising the weights instead of the outputs saves passes over the largest tensor of the network: 6 % of a
+    training step.
     """
 
     def forward(self, x):
@@ -67,14 +67,15 @@ def patch_statistics(images):
     flat, row = plane.ravel(), plane.shape[2]
     places = [row * down + right for down in range(3) for right in range(3)]  # in the flattened plane
     distances = np.abs(np.subtract.outer(places, places))  # (9, 9)
-    products = {distance: flat[distance:] @ flat[: len(flat) - distance] for distance in np.unique(distances)}
+    unique, which = np.unique(distances, return_inverse=True)
+    products = np.array([flat[distance:] @ flat[: len(flat) - distance] for distance in unique])  # (13,)
     edges = plane[:, :3], plane[:, -3:], plane[:, 1:-1, :3], plane[:, 1:-1, -3:]
     windows = [np.lib.stride_tricks.sliding_window_view(edge, (3, 3), axis=(1, 2)) for edge in edges]
     ring = np.concatenate([window.reshape(-1, 9) for window in windows])  # (patches, 9)
     sums = images.sum() - ring.sum(axis=0)
-    squares = np.vectorize(products.get)(distances) - ring.T @ ring
+    squares = products[which].reshape(9, 9) - ring.T @ ring
     mean = sums / images.size
-    return mean, (squares / images.size - np.outer(mean, mean)).astype(images.dtype)
+    return mean, squares / images.size - np.outer(mean, mean)
 
 
 class Dropout(nn.Dropout):

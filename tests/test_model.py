@@ -72,7 +72,10 @@ def test_audio_cnn_is_the_network_of_the_design(network, training, memory_format
     logits.square().sum().backward()
     expected.square().sum().backward()
     for name, parameter in network.named_parameters():
-        scale = max(float(state[name].grad.abs().max()), 0.1)  # of a bias before a norm nothing but rounding is left
+        scale = float(state[name].grad.abs().max())
+        if training and name.endswith(".0.bias"):  # the norm takes it away: what is left is rounding
+            assert max(float(parameter.grad.abs().max()), scale) < 1e-5
+            continue
         torch.testing.assert_close(parameter.grad, state[name].grad, rtol=1e-3, atol=1e-4 * scale)
     for name, tensor in network.state_dict().items():
         if "running" in name:
