@@ -11,18 +11,13 @@ run before anything is written, unless --allow_missing leaves such clips out.
 """
 
 import argparse
-import collections
-import concurrent.futures
 import contextlib
-import multiprocessing
+import functools
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
-from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
@@ -33,10 +28,10 @@ import data_loader
 import hub
 import utils
 from utils import UserError
+from workers import map_in_order
 
 SHARD_DIR = "shards"  # below the output folder: <k>_of_<n>/, each with a whole set of processed files
 JOINED_CLIPS = 1000  # copied at once
-TASKS_AHEAD = 4  # per worker: enough that none waits, few enough that memory does not grow with the data
 CLIPS_PER_TASK = 8  # clips a worker takes at once: enough to make the messages cheap, few enough to stop quickly
 SPARE_DISK = 100e6  # bytes left free beside the processed files
 
@@ -92,30 +87,7 @@ def clip_key(clip):
     return clip["slice_file_name"], clip["fold"], clip["classID"]
 
 
-# --- Workers -----------------------------------------------------------------------------------------------------
-
-
-def start_worker():
-    """Let a worker end with the process that started it, even if that was killed and can't say so.
-
-    It keeps its memory from one clip to the next: fresh pages took a third of a clip's time.
-    """
-    utils.keep_freed_memory()
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-@contextlib.contextmanager
-def interrupts_held():
-    """Keep a Ctrl-C until the block ends. It goes to every process of a terminal: those born here never see one."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+# --- Clips -------------------------------------------------------------------------------------------------------
 
 
 def process_clip(path, audio):
@@ -133,28 +105,15 @@ def process_group(paths, audio):
 def process_clips(paths, audio, workers):
     """Yield process_clip's result for each path, in order, from `workers` processes."""
     if len(paths) <= CLIPS_PER_TASK:  # done before a worker has started
-        for path in paths:
-            yield process_clip(path, audio)
+        yield from process_group(paths, audio)
         return
     # The workers have the cores already. And the last bit of a product depends on its threads: without this, features
     # would depend on --workers.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, -(-len(paths) // CLIPS_PER_TASK)), multiprocessing.get_context("spawn"), start_worker
-    )
-    tasks = collections.deque()
-    try:
-        for start in range(0, len(paths), CLIPS_PER_TASK):
-            with interrupts_held():  # the pool starts its processes one by one, as there is work
-                tasks.append(pool.submit(process_group, paths[start : start + CLIPS_PER_TASK], audio))
-            if len(tasks) > TASKS_AHEAD * workers:
-                yield from tasks.popleft().result()
-        while tasks:
-            yield from tasks.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(f"a worker process was killed (out of memory?): try fewer than --workers {workers}") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    groups = [paths[start : start + CLIPS_PER_TASK] for start in range(0, len(paths), CLIPS_PER_TASK)]
+    with contextlib.closing(map_in_order(functools.partial(process_group, audio=audio), groups, workers)) as results:
+        for result in results:
+            yield from result
 
 
 def clip_paths(data_dir, clips):

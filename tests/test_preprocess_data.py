@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -543,6 +544,35 @@ def test_killed_worker_is_told(long_job, start_working, tmp_path):
     assert errors == "error: a worker process was killed (out of memory?): try fewer than --workers 2\n"
     assert wait_for_end([tracker, *workers]) == []
     assert contents(tmp_path / "processed") == {}
+
+
+def worked_seconds(pid):
+    """Return the processor time of a process; skips where /proc does not tell."""
+    path = Path("/proc") / str(pid) / "stat"
+    if not path.is_file():
+        pytest.skip("no /proc to see a process work in")
+    return sum(map(int, path.read_text().rpartition(")")[2].split()[11:13]))
+
+
+def test_workers_killed_in_the_middle_of_a_result_are_told(long_job, start_working, tmp_path):
+    """Nobody reads, so the pipes are full: a worker has sent a part of its result when it is killed."""
+    process, children = start_working(long_job)
+    _, *workers = sorted(children)
+    while not all(map(worked_seconds, workers)) or not list(tmp_path.glob("processed/*.tmp")):
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGSTOP)
+    before = None
+    while (now := [worked_seconds(worker) for worker in workers]) != before:  # they end their tasks, and wait
+        before = now
+        time.sleep(0.5)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors == "error: a worker process was killed (out of memory?): try fewer than --workers 2\n"
+    assert wait_for_end(children) == []
 
 
 def test_killed_while_writing_is_old_new_or_made_again(dataset, preprocess, offline, tmp_path):
