@@ -147,7 +147,7 @@ def benchmark_preprocess(folder, clips_dir):
     paths = (paths * (CLIPS_A_TURN // len(paths) + 1))[:CLIPS_A_TURN]
     few = paths[: CLIPS_A_TURN // 8]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(config.WORKERS, spawn, preprocess_data.start_worker) as pool:
+    with concurrent.futures.ProcessPoolExecutor(config.WORKERS, spawn, utils.keep_freed_memory) as pool:
 
         def in_pool(function):
             for _ in pool.map(function, paths, chunksize=preprocess_data.CLIPS_PER_TASK):
@@ -172,9 +172,9 @@ class PlainCNN(AudioCNN):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        for block in (self.block1, self.block2, self.block3):
-            block[2], block[3] = block[3], block[2]
-            block[4] = nn.Dropout(block[4].p)
+        for name in ("block1", "block2", "block3"):
+            convolution, norm, pool, relu, dropout = getattr(self, name)
+            setattr(self, name, nn.Sequential(convolution, norm, relu, pool, nn.Dropout(dropout.p)))
         self.dropout = nn.Dropout(self.dropout.p)
 
 

@@ -15,6 +15,7 @@ def test_the_plain_network_is_the_same_function():
     plain, ours = benchmark.new_networks()
     features, _ = benchmark.random_examples(4)
     assert torch.allclose(plain.eval()(features), ours.eval()(features), atol=1e-5)
+    assert {type(module).__module__.split(".")[0] for module in plain.modules()} == {"torch", "benchmark"}
     assert [type(layer).__name__ for layer in plain.block1] == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d", "Dropout"]
 
 
