@@ -15,7 +15,7 @@ import calibration
 import config
 import utils
 from audio_settings import AudioSettings
-from layers import Dropout, InputBlock, conv_block
+from layers import ConvBlock, InputBlock
 from utils import UserError
 
 
@@ -31,12 +31,12 @@ class AudioCNN(nn.Module):
 
     def __init__(self, n_classes, n_mels, block_dropout=config.BLOCK_DROPOUT, head_dropout=config.HEAD_DROPOUT):
         super().__init__()
-        self.block1 = InputBlock(*conv_block(1, 32, (2, 2), block_dropout))
-        self.block2 = conv_block(32, 64, (2, 2), block_dropout)
-        self.block3 = conv_block(64, 128, (2, 4), block_dropout)
+        self.block1 = InputBlock(1, 32, (2, 2), block_dropout)
+        self.block2 = ConvBlock(32, 64, (2, 2), block_dropout)
+        self.block3 = ConvBlock(64, 128, (2, 4), block_dropout)
         self.over_bands = nn.Conv1d(128, 64, kernel_size=3, padding=1)
         self.hidden = nn.Linear(64 * (n_mels // 8), 128)
-        self.dropout = Dropout(head_dropout)
+        self.dropout = nn.Dropout(head_dropout)
         self.logits = nn.Linear(128, n_classes)
 
     def forward(self, x):
