@@ -154,7 +154,7 @@ def training_batch(features, targets, statistics, plan, settings):
     inputs = features[plan.index[:, None, None], source[:, :, None], times[:, None, :]].float()  # (B, n_mels, crop)
     if settings["gain_db"] or settings["filter_db"]:
         inputs += over_bands(plan.gains, n_mels)[:, :, None]
-    inputs = (inputs - mean[source][:, :, None]) / deviation[source][:, :, None]
+    inputs.sub_(mean[source][:, :, None]).div_(deviation[source][:, :, None])
     labels = targets[plan.index]  # (B, classes)
     if settings["mixup_alpha"]:  # each clip's partner is its mirror in the batch, which is in random order already
         share = plan.mixup[:, None]
@@ -163,7 +163,7 @@ def training_batch(features, targets, statistics, plan, settings):
     if settings["mask_bands"] or settings["mask_frames"]:  # SpecAugment; 0 is the mean after normalisation
         kept_bands = (bands < plan.mask_band[:, None]) | (bands >= (plan.mask_band + plan.mask_bands)[:, None])
         kept_frames = (frames < plan.mask_frame[:, None]) | (frames >= (plan.mask_frame + plan.mask_frames)[:, None])
-        inputs = inputs * (kept_bands[:, :, None] & kept_frames[:, None, :])
+        inputs *= (kept_bands[:, :, None] & kept_frames[:, None, :]).float()
     return inputs.unsqueeze(1), labels
 
 
