@@ -12,14 +12,10 @@ is kept: data and checkpoints are synthetic and in a temporary folder.
 
 import concurrent.futures
 import contextlib
-import functools
 import io
 import json
 import multiprocessing
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +27,6 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as the preprocessing workers have it
 
 import numpy as np
 import torch
-from torch import nn
 
 import audio_reader
 import batches
@@ -45,61 +40,17 @@ import publisher
 import tracking
 import train
 import utils
-from model import AudioCNN, find_model, load_model
+from benchmark_step import CPU, STEPS, benchmark_losses, benchmark_step, new_networks, random_examples
+from model import find_model, load_model
+from timing import REPOSITORY, format_row, machine, median_times, peak_memory, row, run_command
 
-REPOSITORY = Path(__file__).resolve().parent
 STAGES = ("preprocess", "train", "predict", "scale")
-TURNS = 5  # of ours and the reference; each figure is the median
-STEPS = 12  # training steps a turn
-COMPARED_STEPS = 50  # of the losses of ours and the plain loop
 EPOCH_CLIPS = 960  # training clips of the epochs whose overhead is measured
 PUBLISHED_RATES = (44_100, 48_000)  # Hz; most of UrbanSound8K, stereo, 16 and 24 bit
 CLIPS_A_TURN = 256
 WARM_CLIPS = 2_000  # done first, while the workers start, and not counted
 SCALES = (1_000, 8_732, 40_000)  # clips; the middle one is UrbanSound8K
 AUDIO = data_loader.AudioSettings()
-CPU = torch.device("cpu")
-
-
-# --- Timing and rows ---------------------------------------------------------------------------------------------
-
-
-def median_times(*functions, turns=TURNS):
-    """Return the median seconds of each function, run in turns after one call of each that is not counted."""
-    times = [[] for _ in functions]
-    for turn in range(turns + 1):
-        for function, row in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if turn:
-                row.append(time.perf_counter() - start)
-    return [statistics.median(row) for row in times]
-
-
-def row(what, reference, ours, theirs, unit, reach="", faster=True):
-    """Return one row of the table; its ratio is theirs / ours (how many times faster), or ours / theirs (a share)."""
-    ratio = theirs / ours if faster else ours / theirs
-    return {
-        "what": what,
-        "reference": reference,
-        "ours": ours,
-        "theirs": theirs,
-        "unit": unit,
-        "ratio": ratio,
-        "reach": reach,
-    }
-
-
-def machine():
-    """Return what the figures depend on, in one line."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    bf16 = ", bf16" if utils.computes_in_bfloat16(CPU) else ""
-    capability = torch.backends.cpu.get_cpu_capability()
-    python = platform.python_version()
-    return f"{name}, {os.cpu_count()} cores, {capability}{bf16}, torch {torch.__version__}, Python {python}"
 
 
 # --- Preprocessing -----------------------------------------------------------------------------------------------
@@ -165,143 +116,6 @@ def benchmark_preprocess(folder, clips_dir):
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
-
-
-class PlainCNN(AudioCNN):
-    """The same network as a plain loop has it: ReLU before pooling, nn.Dropout. The same weights fit."""
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        for name in ("block1", "block2", "block3"):
-            convolution, norm, pool, relu, dropout = getattr(self, name)
-            setattr(self, name, nn.Sequential(convolution, norm, relu, pool, nn.Dropout(dropout.p)))
-        self.dropout = nn.Dropout(self.dropout.p)
-
-
-def plain_loop(network, features, targets, batch_size, steps):
-    """Train as most tutorials do: float32, NCHW, DataLoader, Adam. Return the loss of each step."""
-    data = torch.utils.data.TensorDataset(features, targets)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    network.train()
-    losses = []
-    for inputs, wanted in torch.utils.data.DataLoader(data, batch_size):
-        loss = nn.functional.cross_entropy(network(inputs), wanted)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if len(losses) == steps:
-            break
-    return losses
-
-
-def plain_turn():
-    """Return the seconds of the plain loop's steps, after a few that are not counted. Runs in a process of its own."""
-    network, _ = new_networks()
-    features, targets = random_examples(config.BATCH_SIZE * STEPS)
-    plain_loop(network, features, targets, config.BATCH_SIZE, STEPS // 4)
-    start = time.perf_counter()
-    plain_loop(network, features, targets, config.BATCH_SIZE, STEPS)
-    return time.perf_counter() - start
-
-
-def our_loop(network, features, targets, batch_size, steps, precision=config.PRECISION):
-    """The same steps as train.py does them."""
-    optimizer = train.make_optimizer(network, {"weight_decay": 0.0, "learning_rate": 1e-3})
-    network.train()
-    losses = []
-    for batch in batches.batch_slices(len(features), batch_size)[:steps]:
-        loss, _ = train.train_step(network, optimizer, features[batch], targets[batch], 0.0, precision)
-        losses.append(loss)
-    return torch.stack(losses).tolist()
-
-
-def new_networks(**options):
-    """Return the plain network and ours, with the same weights."""
-    torch.manual_seed(0)
-    ours = AudioCNN(10, AUDIO.n_mels, **options)
-    plain = PlainCNN(10, AUDIO.n_mels, **options)
-    plain.load_state_dict(ours.state_dict())
-    return plain, ours.to(memory_format=torch.channels_last)
-
-
-def random_examples(n_clips, n_frames=AUDIO.n_frames):
-    """Return (features (clips, 1, n_mels, frames), targets): noise, with a level that depends on the class."""
-    generator = torch.Generator().manual_seed(0)
-    classes = torch.randint(0, 10, (n_clips,), generator=generator)
-    features = torch.randn(n_clips, 1, AUDIO.n_mels, n_frames, generator=generator) + classes[:, None, None, None] / 10
-    return features, torch.eye(10)[classes]
-
-
-def flops_of_step(inputs, wanted):
-    """Return the floating-point operations of a training step, counted by torch."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    _, network = new_networks()
-    with FlopCounterMode(display=False) as counter:
-        nn.functional.cross_entropy(network(inputs), wanted).backward()
-    return counter.get_total_flops()
-
-
-def benchmark_step():
-    """Return rows: a training step on whole clips against the plain loop and against the machine's matrix rate."""
-    size = config.BATCH_SIZE
-    features, targets = random_examples(size * STEPS)
-    _, ours = new_networks()
-    dtype = torch.bfloat16 if utils.computes_in_bfloat16(CPU) else torch.float32
-    left, right = torch.randn(2, 2048, 2048).to(dtype)
-    # Without the allocator's settings that train.py makes, the plain loop's speed is another in each process: a fresh
-    # one a turn.
-    spawn = multiprocessing.get_context("spawn")
-    turns = []
-    for _ in range(TURNS):
-        with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-            plain = pool.submit(plain_turn).result()
-        loop = functools.partial(our_loop, ours, features, targets, size, STEPS)
-        turns.append([plain, *median_times(loop, lambda: left @ right, turns=1)])
-    theirs, mine, matrix = map(statistics.median, zip(*turns, strict=True))
-    rate = 2 * 2048**3 / matrix  # FLOP/s
-    floor = flops_of_step(features[:size], targets[:size]) / size / rate
-    theirs, mine = theirs / (size * STEPS), mine / (size * STEPS)
-    share = f"{str(dtype).removeprefix('torch.')} matrix rate, {rate / 1e9:.0f} GFLOP/s"
-    return [
-        row("training step, an example of 173 frames", "plain loop", 1e3 * mine, 1e3 * theirs, "ms", "≥ 5 ×"),
-        row("the same", share, 1e3 * mine, 1e3 * floor, "ms", "≥ 0.55"),
-    ]
-
-
-def benchmark_losses():
-    """Return rows: how far the losses of our loop are from the plain loop's, with dropout off in both."""
-    size = config.BATCH_SIZE
-    features, targets = random_examples(size * COMPARED_STEPS)
-    rows = []
-    plain, _ = new_networks(block_dropout=0.0, head_dropout=0.0)
-    theirs = np.array(plain_loop(plain, features, targets, size, COMPARED_STEPS))
-    for what, loop in (
-        ("plain loop on one thread", on_one_thread(plain_loop)),
-        ("ours, float32", lambda *given: our_loop(*given, "float32")),
-        (f"ours, {config.PRECISION}", our_loop),
-    ):
-        plain, ours = new_networks(block_dropout=0.0, head_dropout=0.0)
-        network = plain if what.startswith("plain") else ours
-        losses = np.array(loop(network, features, targets, size, COMPARED_STEPS))
-        what = f"distance of {COMPARED_STEPS} losses, {what}"
-        rows.append(row(what, "plain loop, mean loss", np.abs(losses - theirs).mean(), theirs.mean(), "", "", False))
-    return rows
-
-
-def on_one_thread(loop):
-    """Return the loop with sums in another order: what rounding alone does to it."""
-
-    def run(*given):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return loop(*given)
-        finally:
-            torch.set_num_threads(threads)
-
-    return run
 
 
 def write_random_data(folder, clips_per_fold):
@@ -383,16 +197,6 @@ def benchmark_memory(folder):
     ]  # fmt: skip
 
 
-def peak_memory(command):
-    """Return the largest resident size of a command, in bytes. UserError if it fails."""
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, cwd=REPOSITORY)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise utils.UserError(f"{' '.join(map(str, command))} ended with exit status {process.returncode}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def benchmark_train(folder):
     rows = [*benchmark_step(), *benchmark_losses(), *benchmark_overhead(folder)]
     return rows + (benchmark_memory(folder) if hasattr(os, "wait4") else [])
@@ -424,10 +228,6 @@ def benchmark_predict(folder):
         row("a prediction in a warm process", "its decoding and resampling", 1e3 * warm, 1e3 * decode, "ms", "", False),
         row("the same", "its log-mel", 1e3 * warm, 1e3 * features, "ms", "", False),
     ]
-
-
-def run_command(command):
-    subprocess.run(list(map(str, command)), cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
 
 
 # --- Scale -------------------------------------------------------------------------------------------------------
@@ -488,14 +288,6 @@ def benchmark_scale(folder):
 
 
 # --- The table ---------------------------------------------------------------------------------------------------
-
-
-def format_row(values):
-    """Return a row as a line of a Markdown table."""
-    times = (values[key] for key in ("ours", "theirs"))
-    ours, theirs = (f"{f'{time:,.0f}' if time >= 1000 else f'{time:.3g}'} {values['unit']}".strip() for time in times)
-    cells = values["what"], values["reference"], ours, theirs, f"{values['ratio']:.2f}", values["reach"]
-    return f"| {' | '.join(cells)} |"
 
 
 def parse_args():
