@@ -11,6 +11,7 @@ import numpy as np
 
 CONFUSIONS_LISTED = 10
 EXAMPLES_LISTED = 5  # clips named for each confusion
+RECORDINGS_LISTED = 10  # of those with most errors
 CONFIDENCE_BINS = 15  # of equal width, as in Guo et al. 2017
 SHARES_ANSWERED = [share / 100 for share in range(100, 0, -5)]
 OPTIMISTIC = "optimistic: epoch chosen on the test fold"
@@ -209,6 +210,7 @@ def summarise(predictions, run):
         "class_names": names,
         "confusion_matrix": total.tolist(),
         "worst_confusions": worst_confusions(predictions, total),
+        "recordings": summarise_recordings(predictions),
         "run": run,
     }
 
@@ -295,3 +297,35 @@ def worst_confusions(predictions, confusion):
         }
         for true, guess in worst
     ]
+
+
+def summarise_recordings(predictions):
+    """Return {"count", "accuracy", "most_errors"} of the recordings (fsID) that the clips were cut from.
+
+    Clips of one recording are alike, and tend to be right or wrong together: "accuracy" is the mean over recordings of
+    the share of their clips that are right. None where there is no clips.csv.
+    """
+    if not predictions.clips:
+        return None
+    places = collections.defaultdict(list)
+    for place, name in enumerate(predictions.names):
+        places[predictions.clips[name]["fsID"], int(predictions.true[place])].append(place)
+    rows = []
+    for (recording, true), clips in places.items():
+        predicted = predictions.predicted[clips]
+        wrong = collections.Counter(predictions.class_names[guess] for guess in predicted[predicted != true])
+        rows.append(
+            {
+                "recording": recording,
+                "class": predictions.class_names[true],
+                "clips": len(clips),
+                "wrong": wrong.total(),
+                "taken_for": min(wrong, key=lambda name: (-wrong[name], name), default=None),
+            }
+        )
+    worst = sorted(rows, key=lambda row: (-row["wrong"], row["recording"], row["class"]))[:RECORDINGS_LISTED]
+    return {
+        "count": len(rows),
+        "accuracy": float(np.mean([1 - row["wrong"] / row["clips"] for row in rows])),
+        "most_errors": [row for row in worst if row["wrong"]],
+    }

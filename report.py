@@ -84,6 +84,7 @@ def report_text(results):
         "Classes": [classes_table(results), "![F1 and recall of each class](per_class.png)"],
         "Foreground and background": [salience_table(results)],
         "Worst confusions": [confusions_table(results)],
+        **({"Recordings": [recordings_text(results), recordings_table(results)]} if results["recordings"] else {}),
         "Confusion matrix": [
             "Clips: rows are the true classes, columns the predicted ones, in the order of classID.",
             matrix_table(results),
@@ -130,6 +131,29 @@ def confusions_table(results):
         for row in results["worst_confusions"]
     ]
     return table(["true", "taken for", "clips", "of the class", "the surest mistakes"], rows, left=(0, 1, 4))
+
+
+def recordings_text(results):
+    """Return in words how many independent sounds the clips come from, and the accuracy over those."""
+    recordings, clips = results["recordings"], results["clips"]
+    shown = recordings["most_errors"]
+    wrong = round(clips * (1 - results["accuracy_all_clips"]))
+    text = (
+        f"The {clips:,} clips were cut from {recordings['count']:,} recordings, whose clips are alike and tend to be "
+        f"right or wrong together. With every recording counted once, accuracy is {percent(recordings['accuracy'])}."
+    )
+    if not shown:
+        return text
+    share = sum(row["wrong"] for row in shown) / wrong
+    return f"{text} The recordings below make {percent(share)} of the {wrong:,} errors."
+
+
+def recordings_table(results):
+    rows = results["recordings"]["most_errors"]
+    if not rows:
+        return "None has an error."
+    header = ["recording (fsID)", "class", "clips", "wrong", "most taken for"]
+    return table(header, [[*row.values()] for row in rows], left=(0, 1, 4))
 
 
 def matrix_table(results):

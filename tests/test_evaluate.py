@@ -235,6 +235,19 @@ def test_one_fold_has_no_spread(tmp_path, capsys):
     assert "one fold, so no spread" in capsys.readouterr().out
 
 
+def test_report_has_the_recordings_where_the_table_tells_them(tmp_path):
+    folder, clips = write_run(tmp_path / "results"), write_clips(tmp_path / "data")
+    results = evaluate.write_report(folder, clips)
+    text = (folder / "report.md").read_text()
+    assert f"cut from {results['recordings']['count']:,} recordings" in text
+    wrong = sum(true != guess for fold in range(3) for true, guess in zip(*raw_predictions(folder, fold), strict=True))
+    assert f"of the {wrong} errors" in text
+    worst = results["recordings"]["most_errors"][0]
+    assert f"| {worst['recording']} " in text
+    evaluate.write_report(folder)
+    assert "## Recordings" not in (folder / "report.md").read_text()
+
+
 @pytest.mark.parametrize("clips_of_another_set", [False, True])
 def test_without_a_fitting_table_no_salience_is_claimed(tmp_path, clips_of_another_set):
     folder = write_run(tmp_path / "results")

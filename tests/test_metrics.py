@@ -139,3 +139,25 @@ def test_selective_accuracy_leaves_out_the_least_sure():
     assert (rows[1.0]["accuracy"], rows[0.9]["accuracy"], rows[0.7]["accuracy"]) == (0.7, pytest.approx(7 / 9), 1.0)
     assert (rows[0.5]["clips"], rows[0.5]["least_confidence"]) == (5, 0.6)
     assert metrics.selective_accuracy(np.array([0.4]), np.array([True]))[-1]["clips"] == 1
+
+
+def test_recordings_count_once_and_the_worst_come_first():
+    """Recording 7 has three clips, two wrong; 8 has one, right; 9 is two sounds, of which one is wrong."""
+    rows = [("7-a", 7, 0, 1), ("7-b", 7, 0, 1), ("7-c", 7, 0, 0), ("8-a", 8, 1, 1), ("9-a", 9, 1, 0), ("9-b", 9, 2, 2)]
+    predictions = metrics.Predictions(
+        class_names=["dog", "car", "gun"],
+        names=[name for name, *_ in rows],
+        folds=np.zeros(6, int),
+        true=np.array([true for _, _, true, _ in rows]),
+        probabilities=np.eye(3)[[guess for *_, guess in rows]],
+        clips={name: {"fsID": str(recording)} for name, recording, *_ in rows},
+    )
+    result = metrics.summarise_recordings(predictions)
+    assert result["count"] == 4
+    assert result["accuracy"] == pytest.approx((1 / 3 + 1 + 0 + 1) / 4)
+    assert result["most_errors"] == [
+        {"recording": "7", "class": "dog", "clips": 3, "wrong": 2, "taken_for": "car"},
+        {"recording": "9", "class": "car", "clips": 1, "wrong": 1, "taken_for": "dog"},
+    ]
+    predictions.clips = {}
+    assert metrics.summarise_recordings(predictions) is None

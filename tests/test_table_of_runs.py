@@ -5,6 +5,7 @@ import json
 import pytest
 
 import config
+import evaluate
 import table_of_runs
 from utils import UserError
 
@@ -63,6 +64,31 @@ def test_what_can_not_be_compared_is_named(made, tmp_path):
         table_of_runs.make_table(table_of_runs.group_runs([one]), reference=two)
 
 
+def test_networks_together_outvote_the_one_that_is_wrong(tmp_path):
+    """Two of three are right about each clip, and the third is wrong, less surely."""
+    folders = []
+    for seed in range(3):
+        results = tmp_path / f"r_s{seed}" / "results"
+        results.mkdir(parents=True)
+        (results / "results.json").write_text("{}")
+        lines = ["slice_file_name,classID,a,b,c"]
+        for clip in range(6):
+            row = [0.2, 0.2, 0.2]
+            row[clip % 3] = 0.6
+            if clip % 3 == seed:
+                row = [0.25, 0.25, 0.25]
+                row[clip % 3], row[(clip + 1) % 3] = 0.35, 0.4
+            lines.append(f"{clip}.wav,{clip % 3},{','.join(map(str, row))}")
+        (results / "predictions_fold_0.csv").write_text("\n".join(lines) + "\n")
+        folders.append(tmp_path / f"r_s{seed}")
+    assert [table_of_runs.accuracy_together([folder]) for folder in folders] == pytest.approx([2 / 3] * 3)
+    assert table_of_runs.accuracy_together(folders) == 1
+    first = folders[0] / "results" / "predictions_fold_0.csv"
+    first.write_text(first.read_text().replace("5.wav", "6.wav"))
+    with pytest.raises(UserError, match="other clips"):
+        table_of_runs.accuracy_together(folders)
+
+
 def test_command_line_on_trainings(data, scripts, run_script, tmp_path):
     for seed in (0, 1):
         flags = ("--folds", 0, "--epochs", 1, "--validation", "none", "--seed", seed, "--processed_dir", data)
@@ -73,4 +99,11 @@ def test_command_line_on_trainings(data, scripts, run_script, tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = rows_of(done.stdout)
     assert row["seeds"] == "2" and row["errors"] == "+0%"
+    assert "together" not in row
+    predictions = [evaluate.read_predictions(tmp_path / f"short_s{seed}" / "results") for seed in (0, 1)]
+    product = predictions[0].probabilities * predictions[1].probabilities
+    right = (product.argmax(axis=1) == predictions[0].true).mean()
+    assert rows_of(run_script("table_of_runs.py", *folders, "--together").stdout)[0][
+        "together"
+    ] == f"{right:.1%}".replace("%", " %")
     assert "epochs 1" in row["other than config.py"] and "validation none" in row["other than config.py"]
