@@ -32,14 +32,13 @@ CPU = torch.device("cpu")
 
 
 class PlainCNN(AudioCNN):
-    """The same network as a plain loop has it: ReLU before pooling, nn.Dropout. The same weights fit."""
+    """The same network as a plain loop has it: torch's own layers, ReLU before pooling. The same weights fit."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         for name in ("block1", "block2", "block3"):
             convolution, norm, pool, relu, dropout = getattr(self, name)
             setattr(self, name, nn.Sequential(convolution, norm, relu, pool, nn.Dropout(dropout.p)))
-        self.dropout = nn.Dropout(self.dropout.p)
 
 
 def plain_loop(network, features, targets, batch_size, steps):
