@@ -8,6 +8,7 @@ import collections
 import contextlib
 import multiprocessing
 import signal
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 
 import utils
@@ -77,6 +78,7 @@ def interrupts_held():
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # multiprocessing starts it with the first process, and lets interrupts through
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
