@@ -27,6 +27,9 @@ from audio_settings import AudioSettings
 from utils import UserError
 
 GROUP_BANDS = 16  # mel bands of one matrix product
+# Multiplications in one such product. OpenBLAS shares those of over 2**18 among its threads, and where it cuts them
+# decides the last bit: training and prediction would differ by the threads that each has.
+PRODUCT_SIZE = 2**17
 
 # --- Clip to log-mel spectrogram ---------------------------------------------------------------------------------
 
@@ -109,7 +112,9 @@ def log_mel(samples, audio):
     squares *= squares
     mel = np.empty((len(squares), audio.n_mels), np.float32)  # (frames, n_mels)
     for numbers, bands, filters in mel_groups(audio):
-        mel[:, bands] = squares[:, numbers] @ filters
+        step = max(PRODUCT_SIZE // filters.size, 1)  # frames
+        for first in range(0, len(squares), step):
+            mel[first : first + step, bands] = squares[first : first + step, numbers] @ filters
     decibels = 10 * np.log10(np.maximum(mel, 1e-10))
     return np.maximum(decibels, decibels.max() - audio.top_db).T
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import pickle
 import random
 import shutil
@@ -97,6 +98,28 @@ def test_log_mel_is_librosas_to_a_hundredth_of_a_decibel(audio):
             assert decibels.shape == expected.shape == (audio.n_mels, 1 + n // audio.hop_length)
             assert decibels.dtype == np.float32
             assert np.abs(decibels - expected).max() < 0.01, f"{name}, {n} samples"
+
+
+PRINT_FEATURES = """
+import hashlib, numpy, data_loader
+noise = numpy.random.default_rng(0).uniform(-1, 1, (8, 88_200)).astype(numpy.float32)
+audio = data_loader.AudioSettings()
+print(hashlib.sha256(b"".join(data_loader.log_mel(clip, audio).tobytes() for clip in noise)).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("kernels", [None, "Haswell", "Nehalem"])  # of OpenBLAS: the processor's own, and older ones
+def test_features_do_not_hang_on_the_number_of_threads(kernels):
+    outputs = set()
+    for threads in (1, 2, 4):
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads)}
+        if kernels:
+            environment["OPENBLAS_CORETYPE"] = kernels
+        command = [sys.executable, "-c", PRINT_FEATURES]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
 
 
 def test_shapes_of_the_defaults():
