@@ -15,7 +15,7 @@ import calibration
 import config
 import utils
 from audio_settings import AudioSettings
-from layers import ConvBlock, InputBlock
+from layers import ConvBlock
 from utils import UserError
 
 
@@ -31,7 +31,7 @@ class AudioCNN(nn.Module):
 
     def __init__(self, n_classes, n_mels, block_dropout=config.BLOCK_DROPOUT, head_dropout=config.HEAD_DROPOUT):
         super().__init__()
-        self.block1 = InputBlock(1, 32, (2, 2), block_dropout)
+        self.block1 = ConvBlock(1, 32, (2, 2), block_dropout)
         self.block2 = ConvBlock(32, 64, (2, 2), block_dropout)
         self.block3 = ConvBlock(64, 128, (2, 4), block_dropout)
         self.over_bands = nn.Conv1d(128, 64, kernel_size=3, padding=1)
