@@ -6,7 +6,7 @@
 
 Runs whose settings differ in the seed alone are one row: accuracy of each fold (mean of the seeds), their mean with the
 standard deviation over the seeds, and the share of the reference's errors that are gone. Rows are sorted by accuracy.
-Together: the networks of a fold, one a seed, answer with the mean of their logits, as those of AudioTrio do.
+Together: the networks of a fold, one a seed, answer with the mean of their logits, as those of AudioViews do.
 """
 
 import json

@@ -56,6 +56,30 @@ def test_parameters():
     assert network.hidden.in_features == 64 * 16
 
 
+def test_each_view_forgets_what_it_should():
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 16, 40)
+    for dim, forgotten in (3, torch.randn(4, 1, 16, 1)), (2, torch.randn(4, 1, 1, 40)):
+        view = model.without_mean(x, dim)
+        torch.testing.assert_close(model.without_mean(x + forgotten, dim), view, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model.without_mean(3 * x, dim), view, rtol=0.02, atol=0.01)  # and the contrast
+        assert not torch.allclose(model.without_mean(x + forgotten.mean(), 5 - dim), x, atol=0.1)
+        torch.testing.assert_close(view.mean(dim=dim), torch.zeros_like(view.mean(dim=dim)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(view.square().mean(dim=(1, 2, 3)), torch.ones(4), rtol=0.03, atol=0)
+    assert torch.equal(model.without_mean(torch.full_like(x, 7.0), 3), torch.zeros_like(x))
+
+
+def test_views_answer_with_the_mean_of_their_branches():
+    torch.manual_seed(0)
+    views = model.build_model("AudioViews", 10, 128).eval()
+    assert model.count_parameters(views) == 3 * 250_250
+    x = torch.randn(2, 1, 128, 50)
+    for other in (x + torch.randn(2, 1, 128, 1), x + torch.randn(2, 1, 1, 50), 2 * x):
+        assert not torch.allclose(views(x), views(other), atol=1e-4)  # no change is hidden from all of them
+    for clip, logits in zip(x, views(x), strict=True):
+        torch.testing.assert_close(views(clip[None])[0], logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [True, False])
 def test_audio_cnn_is_the_network_of_the_design(network, training, memory_format):

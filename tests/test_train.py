@@ -581,38 +581,39 @@ def test_network_that_ends_in_no_numbers_is_not_reported(run_train, tmp_path):
 
 def test_three_branches_learn_each_from_its_own_loss():
     torch.manual_seed(0)
-    trio = model.AudioTrio(3, 16, block_dropout=0.0, head_dropout=0.0).to(memory_format=torch.channels_last)
-    alone = [copy.deepcopy(branch) for branch in trio.branches]
+    views = model.AudioViews(3, 16, block_dropout=0.0, head_dropout=0.0).to(memory_format=torch.channels_last)
+    alone = [copy.deepcopy(branch) for branch in views.branches]
     inputs, wanted = torch.randn(8, 1, 16, 40), torch.eye(3)[torch.arange(8) % 3]
+    seen = inputs, model.without_mean(inputs, dim=3), model.without_mean(inputs, dim=2)
     settings = {"weight_decay": 0.0, "learning_rate": 1e-3}
-    _, logits = train.train_step(trio, train.make_optimizer(trio, settings), inputs, wanted, 0.1, "float32")
+    _, logits = train.train_step(views, train.make_optimizer(views, settings), inputs, wanted, 0.1, "float32")
     each = [
-        train.train_step(network, train.make_optimizer(network, settings), inputs, wanted, 0.1, "float32")[1]
-        for network in alone
+        train.train_step(network, train.make_optimizer(network, settings), view, wanted, 0.1, "float32")[1]
+        for network, view in zip(alone, seen, strict=True)
     ]
     torch.testing.assert_close(logits, torch.stack(each).mean(dim=0))
     assert logits.shape == (8, 3)
-    for branch, network in zip(trio.branches, alone, strict=True):
+    for branch, network in zip(views.branches, alone, strict=True):
         for found, expected in zip(branch.parameters(), network.parameters(), strict=True):
             torch.testing.assert_close(3 * found.grad, expected.grad, rtol=1e-3, atol=1e-5)
-    trio.eval()
+    views.eval()
     with torch.inference_mode():
-        expected = torch.stack([branch(inputs) for branch in trio.branches]).mean(dim=0)
-        torch.testing.assert_close(trio(inputs), expected)
+        expected = torch.stack([branch(view) for branch, view in zip(views.branches, seen, strict=True)]).mean(dim=0)
+        torch.testing.assert_close(views(inputs), expected)
 
 
 def test_recipe_by_flags(data, scripts, tmp_path):
     flags = ("--folds", 0, "--processed_dir", data, "--assets_dir", tmp_path, "--validation", "none")
     plain = {"schedule": "constant", "learning_rate": 0.001, "weight_decay": 0, "label_smoothing": 0, "mixup_alpha": 0}
     given = [text for name, value in plain.items() for text in (f"--{name}", value)]
-    done = scripts.run("train", *flags, *given, "--quick", "--model", "AudioTrio")
+    done = scripts.run("train", *flags, *given, "--quick", "--model", "AudioCNN")
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "results" / "run.json").read_text())
-    assert run["settings"].items() >= {**plain, "model": "AudioTrio", "epochs": 8}.items()
+    assert run["settings"].items() >= {**plain, "model": "AudioCNN", "epochs": 4}.items()
     header, *rows = read_rows(tmp_path / "results" / "history_fold_0.csv")
     assert {float(row[header.index("learning_rate")]) for row in rows} == {0.001}
-    assert len(rows) == config.EPOCHS // 10 == 8
+    assert len(rows) == config.EPOCHS // 10 == 4
     network, info = model.load_model(model.model_path(tmp_path / "models", 0))
-    assert isinstance(network, model.AudioTrio) and info["model"] == "AudioTrio"
+    assert isinstance(network, model.AudioCNN) and info["model"] == "AudioCNN"
     done = scripts.run("train", *flags, "--model", "AudioNet")
-    assert done.returncode == 2 and "AudioTrio" in done.stderr
+    assert done.returncode == 2 and "AudioViews" in done.stderr
