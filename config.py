@@ -32,7 +32,7 @@ FEATURE_DTYPE = "float16"  # of the stored features; float16 rounds by at most 0
 
 # --- Training ----------------------------------------------------------------------------------------------------
 MODEL = "AudioViews"  # a class in model.py: three AudioCNNs; "AudioCNN" costs a third and takes more epochs
-EPOCHS = 40
+EPOCHS = 50
 QUICK_SHARE = 0.1  # of EPOCHS that train.py --quick trains
 BATCH_SIZE = 32  # clips
 LEARNING_RATE = 3e-3  # peak of the schedule

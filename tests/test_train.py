@@ -28,7 +28,7 @@ import train
 
 FOLDS, EPOCHS = (0, 1, 2), 3
 # So high a learning rate that the best epoch is the first, in which it is low, and not the last.
-TRAIN = ("--epochs", EPOCHS, "--batch_size", 8, "--learning_rate", 0.1)
+TRAIN = ("--model", "AudioCNN", "--epochs", EPOCHS, "--batch_size", 8, "--learning_rate", 0.1)
 KILLS = 8
 EPOCH_LINE = re.compile(
     r"fold (\d)  epoch (\d)/3  train_loss \d+\.\d{4}  train_acc [01]\.\d{4}  val_loss \d+\.\d{4}  val_acc [01]\.\d{4}"
@@ -318,7 +318,18 @@ def test_killed_at_random_moments(reference, scripts, data, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(data, tmp_path):
-    command = [sys.executable, REPOSITORY / "train.py", "--epochs", "500", "--batch_size", "8", "--folds", "0"]
+    command = [
+        sys.executable,
+        REPOSITORY / "train.py",
+        "--model",
+        "AudioCNN",
+        "--epochs",
+        "500",
+        "--batch_size",
+        "8",
+        "--folds",
+        "0",
+    ]
     process = subprocess.Popen(
         [*command, "--processed_dir", data, "--assets_dir", tmp_path],
         stdout=subprocess.PIPE,
@@ -503,8 +514,8 @@ def test_odd_folds_a_missing_class_and_one_clip_over(data, scripts, tmp_path):
         for clip, fold, label in zip(keep, folds, labels, strict=True)
     ]
     data_loader.save_processed(tmp_path / "data", processed.features[keep], clips, processed.audio, "odd")
-    flags = ("--folds", "8", "--epochs", 1, "--batch_size", 4, "--validation", "test_fold", "--assets_dir", tmp_path)
-    done = scripts.run("train", *flags)
+    flags = ("--model", "AudioCNN", "--folds", 8, "--epochs", 1, "--batch_size", 4, "--validation", "test_fold")
+    done = scripts.run("train", *flags, "--assets_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "optimistic: epoch chosen on the test fold" in done.stdout
     header, *rows = read_rows(tmp_path / "results" / "predictions_fold_8.csv")
@@ -609,10 +620,10 @@ def test_recipe_by_flags(data, scripts, tmp_path):
     done = scripts.run("train", *flags, *given, "--quick", "--model", "AudioCNN")
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "results" / "run.json").read_text())
-    assert run["settings"].items() >= {**plain, "model": "AudioCNN", "epochs": 4}.items()
+    assert run["settings"].items() >= {**plain, "model": "AudioCNN", "epochs": 5}.items()
     header, *rows = read_rows(tmp_path / "results" / "history_fold_0.csv")
     assert {float(row[header.index("learning_rate")]) for row in rows} == {0.001}
-    assert len(rows) == config.EPOCHS // 10 == 4
+    assert len(rows) == config.EPOCHS // 10 == 5
     network, info = model.load_model(model.model_path(tmp_path / "models", 0))
     assert isinstance(network, model.AudioCNN) and info["model"] == "AudioCNN"
     done = scripts.run("train", *flags, "--model", "AudioNet")

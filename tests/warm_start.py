@@ -18,7 +18,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train", "predict", "explain", "measure_unknown", "play_and_predict_random", "hub")
-ALSO_SLOW = ("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "torch._dynamo")
+ALSO_SLOW = ("kernels", "matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "torch._dynamo")
 
 
 class WarmScripts:
