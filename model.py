@@ -18,6 +18,7 @@ from audio_settings import AudioSettings
 from layers import ConvBlock
 from utils import UserError
 
+VIEWS = ("level", "change", "shape")  # of AudioViews
 LEAST_DEVIATION = 0.1  # of a view; near silence is not blown up
 
 
@@ -55,9 +56,9 @@ class AudioCNN(nn.Module):
 class AudioViews(nn.Module):
     """Three AudioCNNs side by side, each with a view of its own; they answer with the mean of their logits.
 
-    750,750 parameters. One branch sees the log-mel as it is; one what changes in time, without the steady colour of a
-    microphone and a background; one the shape of each frame's spectrum, without its level. Each is trained by its own
-    loss, so that they err on different clips, and their mean errs less than that of three alike (RESULTS.md).
+    750,750 parameters. One branch sees the log-mel as it is (level), one what changes in time, without the steady
+    colour of microphone and background (change), one each frame's spectrum without its level (shape). Each is trained
+    by its own loss, so that they err on different clips; RESULTS.md has what each alone, and each pair, is worth.
     """
 
     least_shape = AudioCNN.least_shape
@@ -69,9 +70,13 @@ class AudioViews(nn.Module):
 
     def forward(self, x):
         """Normalised log-mel (B, 1, n_mels, frames) -> logits (B, n_classes); in training each branch's, (3 B, ...)."""
+        logits = self.branch_logits(x)  # (3, B, n_classes)
+        return logits.flatten(0, 1) if self.training else logits.mean(dim=0)
+
+    def branch_logits(self, x):
+        """Normalised log-mel (B, 1, n_mels, frames) -> each branch's logits (3, B, n_classes), as VIEWS names them."""
         views = x, without_mean(x, dim=3), without_mean(x, dim=2)
-        logits = [branch(view) for branch, view in zip(self.branches, views, strict=True)]  # three of (B, n_classes)
-        return torch.cat(logits) if self.training else torch.stack(logits).mean(dim=0)
+        return torch.stack([branch(view) for branch, view in zip(self.branches, views, strict=True)])
 
 
 def without_mean(x, dim):
