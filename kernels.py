@@ -17,7 +17,15 @@ import torch
 from numba.extending import overload
 
 NOWHERE = 255  # in `places`: ReLU or dropout gave zero, and no gradient passes
-compiled = functools.partial(numba.njit, nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+
+
+def compiled(function):
+    """Compile a loop, and keep it in a file for the next process where there is a folder to write to."""
+    compile_it = functools.partial(numba.njit, nogil=True, fastmath={"contract"}, error_model="numpy")
+    try:
+        return compile_it(cache=True)(function)
+    except RuntimeError:  # "no locator available": neither __pycache__ nor the user's own cache can be written
+        return compile_it()(function)
 
 
 def to_float(number):

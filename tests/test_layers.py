@@ -1,10 +1,15 @@
 """The block that trains faster on a CPU, against the plain layers that it stands for."""
 
 import copy
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from torch import nn
 from torch.nn import functional as F
 
@@ -175,3 +180,21 @@ def test_random_numbers_follow_from_the_seed():
     assert np.array_equal(layers.random_numbers(shape), first)
     assert np.array_equal(layers.random_numbers(shape), second)
     assert not np.array_equal(first, second)
+
+
+# --- Compiling ---------------------------------------------------------------------------------------------------
+
+
+def test_loops_are_compiled_where_nothing_can_be_kept(tmp_path):
+    """A project that is read-only and a user without a home: files stand where the folders would be made."""
+    for name in ("kernels.py", "layers.py"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    blocked = [tmp_path / name for name in ("__pycache__", "home", "cache")]
+    for path in blocked:
+        path.write_text("")
+    code = "import torch, layers; print(layers.ConvBlock(1, 4, (2, 2), 0.1)(torch.randn(2, 1, 8, 8)).shape)"
+    env = {**os.environ, "HOME": str(blocked[1]), "XDG_CACHE_HOME": str(blocked[2]), "PYTHONDONTWRITEBYTECODE": "1"}
+    env.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch.Size([2, 4, 4, 4])\n"
