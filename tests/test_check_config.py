@@ -41,8 +41,8 @@ def test_the_projects_own_config_passes(run_script):
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("EPOCHS = 50", "EPOCHS = 0", "EPOCHS = 0 in config.py: it must be a whole number of at least 1"),
-        ("EPOCHS = 50", 'EPOCHS = "80"', "EPOCHS = '80'"),
+        ("EPOCHS = 80", "EPOCHS = 0", "EPOCHS = 0 in config.py: it must be a whole number of at least 1"),
+        ("EPOCHS = 80", 'EPOCHS = "80"', "EPOCHS = '80'"),
         ("LEARNING_RATE = 3e-3", "LEARNING_RATE = -1", "LEARNING_RATE = -1"),
         ("LEARNING_RATE = 3e-3", 'LEARNING_RATE = float("nan")', "LEARNING_RATE = nan"),
         ("BLOCK_DROPOUT = 0.1", "BLOCK_DROPOUT = 1.0", "just under 1"),
@@ -53,7 +53,7 @@ def test_the_projects_own_config_passes(run_script):
         ("VALIDATION = ", 'VALIDATION = "next" or ', "'next_fold'"),
         ("KEEP_EPOCHS = 2", "KEEP_EPOCHS = 0", "None, or at least 1"),
         ("SEED = 0", "SEED = 0\nLEARNING_RATES = 1e-4", "is it meant to be LEARNING_RATE?"),
-        ("EPOCHS = 50", "EPOCH = 50", "config.py sets EPOCH, which nothing reads: is it meant to be EPOCHS?"),
+        ("EPOCHS = 80", "EPOCH = 80", "config.py sets EPOCH, which nothing reads: is it meant to be EPOCHS?"),
         ("MODEL = ", "NETWORK = ", "config.py has no MODEL: is MODEL_DIR meant to be it?"),
     ],
 )

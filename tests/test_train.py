@@ -617,14 +617,14 @@ def test_recipe_by_flags(data, scripts, tmp_path):
     flags = ("--folds", 0, "--processed_dir", data, "--assets_dir", tmp_path, "--validation", "none")
     plain = {"schedule": "constant", "learning_rate": 0.001, "weight_decay": 0, "label_smoothing": 0, "mixup_alpha": 0}
     given = [text for name, value in plain.items() for text in (f"--{name}", value)]
-    done = scripts.run("train", *flags, *given, "--quick", "--model", "AudioCNN")
+    done = scripts.run("train", *flags, *given, "--quick", "--model", "AudioViews")
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "results" / "run.json").read_text())
-    assert run["settings"].items() >= {**plain, "model": "AudioCNN", "epochs": 5}.items()
+    assert run["settings"].items() >= {**plain, "model": "AudioViews", "epochs": 8}.items()
     header, *rows = read_rows(tmp_path / "results" / "history_fold_0.csv")
     assert {float(row[header.index("learning_rate")]) for row in rows} == {0.001}
-    assert len(rows) == config.EPOCHS // 10 == 5
+    assert len(rows) == config.EPOCHS // 10 == 8
     network, info = model.load_model(model.model_path(tmp_path / "models", 0))
-    assert isinstance(network, model.AudioCNN) and info["model"] == "AudioCNN"
+    assert isinstance(network, model.AudioViews) and info["model"] == "AudioViews"
     done = scripts.run("train", *flags, "--model", "AudioNet")
     assert done.returncode == 2 and "AudioViews" in done.stderr
