@@ -36,7 +36,6 @@ LINKED_FILES = 100  # real files behind the synthetic clips of any number
 WRITTEN_CLIPS = 1_000  # at once
 SAMPLE_SECONDS = 0.25  # between two looks at a command's memory
 MEMORY_CLIPS = "2000,20000,200000"
-MODEL = "AudioCNN"  # one branch of the default network
 CROP_FRAMES = 16  # of the training whose memory is looked at: short, as the features' size does not depend on it
 AUDIO = data_loader.AudioSettings()
 
@@ -143,16 +142,7 @@ def benchmark_folds(folder, numbers):
     for number, threads in dict.fromkeys(cases):
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={number}"]
         command = [*(launcher if number > 1 else [sys.executable]), REPOSITORY / "train.py", "--folds", FOLDS]
-        command += [
-            "--model",
-            MODEL,
-            "--epochs",
-            1,
-            "--processed_dir",
-            folder / "data",
-            "--assets_dir",
-            folder / f"{number}_{threads}",
-        ]
+        command += ["--epochs", 1, "--processed_dir", folder / "data", "--assets_dir", folder / f"{number}_{threads}"]
         seconds, _, own, mapped = measure(command, {"OMP_NUM_THREADS": str(threads)})
         first = first or seconds
         rows.append([number, threads, f"{seconds:.0f} s", f"{first / seconds:.2f}", megabytes(own), megabytes(mapped)])
@@ -169,7 +159,6 @@ def benchmark_memory(folder, numbers):
         seconds, _, own, mapped = measure([*command, "--assets_dir", place])
         rows.append([f"preprocess {n_clips:,} clips", f"{seconds:.0f} s", megabytes(own), megabytes(mapped)])
         command = [sys.executable, REPOSITORY / "train.py", "--folds", 0, "--epochs", 1, "--crop_frames", CROP_FRAMES]
-        command += ["--model", MODEL]
         seconds, _, own, mapped = measure([*command, "--assets_dir", place])
         rows.append([f"train on {n_clips:,} clips", f"{seconds:.0f} s", megabytes(own), megabytes(mapped)])
         shutil.rmtree(place)

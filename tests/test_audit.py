@@ -20,7 +20,7 @@ def honest(tmp_path_factory, random_data, run_script):
     """A finished two-epoch training on 24 random clips of two classes: its assets folder."""
     assets = tmp_path_factory.mktemp("honest")
     random_data(assets / "data")
-    done = run_script("train.py", "--model", "AudioCNN", "--epochs", "2", "--batch_size", "8", "--assets_dir", assets)
+    done = run_script("train.py", "--epochs", "2", "--batch_size", "8", "--assets_dir", assets)
     assert done.returncode == 0, done.stderr
     assert "audit: nothing found in 24 clips and 6 files" in done.stdout
     return assets

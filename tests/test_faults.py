@@ -15,19 +15,7 @@ from conftest import REPOSITORY
 import utils
 from checkpoint import checkpoint_epochs
 
-TRAIN = (
-    "train.py",
-    "--model",
-    "AudioCNN",
-    "--folds",
-    "0",
-    "--epochs",
-    "4",
-    "--batch_size",
-    "8",
-    "--validation",
-    "none",
-)
+TRAIN = ("train.py", "--folds", "0", "--epochs", "4", "--batch_size", "8", "--validation", "none")
 CHECKPOINT_MB = 9  # room for one epoch's files and not for two
 
 

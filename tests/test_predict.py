@@ -45,9 +45,7 @@ def assets(tmp_path_factory, miniature, scripts, run_script):
     assets = tmp_path_factory.mktemp("predict") / "assets"
     done = run_script("preprocess_data.py", "--data_dir", miniature, "--assets_dir", assets)
     assert done.returncode == 0, done.stderr
-    done = scripts.run(
-        "train", "--model", "AudioCNN", "--folds", 0, "--epochs", 2, "--batch_size", 8, "--assets_dir", assets
-    )
+    done = scripts.run("train", "--folds", 0, "--epochs", 2, "--batch_size", 8, "--assets_dir", assets)
     assert done.returncode == 0, done.stderr
     return assets
 

@@ -21,7 +21,7 @@ import train
 from utils import UserError
 
 EPOCHS = 8  # of a tenth of a second: enough that a kill after the second comes in the middle
-TRAIN = ("--model", "AudioCNN", "--epochs", str(EPOCHS), "--batch_size", "8", "--learning_rate", "0.01")
+TRAIN = ("--epochs", str(EPOCHS), "--batch_size", "8", "--learning_rate", "0.01")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun has it: the last bits depend on the threads
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 PATIENCE = 120  # s; only ends a run that waits for ever

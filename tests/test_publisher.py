@@ -17,7 +17,7 @@ import demo_data
 import publisher
 
 REPO = f"{USER}/sounds"
-TRAIN = ("train.py", "--model", "AudioCNN", "--batch_size", "8")
+TRAIN = ("train.py", "--batch_size", "8")
 
 # Adds files of a run in the folder sys.argv[1] as train.py does, and prints what it says on stderr.
 CLIENT = """
@@ -140,18 +140,7 @@ def check_card(text, results):
 
 def test_card_says_optimistic_where_it_is_and_names_a_part(scripts, random_data, tmp_path):
     random_data(tmp_path / "data")
-    flags = [
-        "--model",
-        "AudioCNN",
-        "--epochs",
-        "1",
-        "--folds",
-        "1",
-        "--validation",
-        "test_fold",
-        "--assets_dir",
-        tmp_path,
-    ]
+    flags = ["--epochs", "1", "--folds", "1", "--validation", "test_fold", "--assets_dir", tmp_path]
     done = scripts.run("train", *flags)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results" / "results.json").read_text())

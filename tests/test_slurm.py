@@ -14,7 +14,7 @@ STAND_INS = {
     "scontrol": "#!/bin/sh\necho 127.0.0.1\n",  # show hostnames: the job's nodes, one a line
     "srun": '#!/bin/sh\nexec "$@"\n',  # the job of one node
 }
-FLAGS = ("--model", "AudioCNN", "--epochs", "2", "--batch_size", "8", "--folds", "0,1")
+FLAGS = ("--epochs", "2", "--batch_size", "8", "--folds", "0,1")
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def slurm(tmp_path, data):
 
 
 def test_a_job_for_a_fold_and_the_report_of_all(slurm, tmp_path, run_script):
-    done = slurm("--model", "AudioCNN", "--epochs", "2", "--batch_size", "8", SLURM_ARRAY_TASK_ID="1")
+    done = slurm("--epochs", "2", "--batch_size", "8", SLURM_ARRAY_TASK_ID="1")
     assert done.returncode == 0, done.stderr
     assert "1 of 3 folds" in done.stdout
     assets = tmp_path / "assets"

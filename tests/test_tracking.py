@@ -21,7 +21,7 @@ import check_config
 import config
 import tracking
 
-SETTINGS = ("--model", "AudioCNN", "--batch_size", "8", "--validation", "none")
+SETTINGS = ("--batch_size", "8", "--validation", "none")
 ROW = {"train_loss": 0.5, "validation_loss": None}
 
 
