@@ -47,6 +47,8 @@ def accuracies(path, data):
     network, info = load_model(path)
     if not isinstance(network, AudioViews):
         raise UserError(f"{path} is {info['model']}, which has no views: name trainings with --model AudioViews")
+    if not isinstance(info.get("fold"), int):
+        raise UserError(f"{path} does not say which fold it tests: name models of this project's train.py")
     test = np.flatnonzero(data.folds == info["fold"] + 1)
     if not len(test):
         raise UserError(f"the processed files have no clips of fold {info['fold']}, which {path} tests")
