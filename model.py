@@ -19,7 +19,6 @@ from layers import ConvBlock
 from utils import UserError
 
 VIEWS = ("level", "change", "shape")  # of AudioViews
-LEAST_DEVIATION = 0.1  # of a view; near silence is not blown up
 
 
 class AudioCNN(nn.Module):
@@ -62,11 +61,11 @@ class AudioViews(nn.Module):
     """
 
     least_shape = AudioCNN.least_shape
-    last_block = "branches.0.block3", "branches.1.block3", "branches.2.block3"
+    last_block = tuple(f"branches.{view}.block3" for view in VIEWS)
 
     def __init__(self, n_classes, n_mels, **dropouts):
         super().__init__()
-        self.branches = nn.ModuleList(AudioCNN(n_classes, n_mels, **dropouts) for _ in range(3))
+        self.branches = nn.ModuleDict({view: AudioCNN(n_classes, n_mels, **dropouts) for view in VIEWS})
 
     def forward(self, x):
         """Normalised log-mel (B, 1, n_mels, frames) -> logits (B, n_classes); in training each branch's, (3 B, ...)."""
@@ -75,15 +74,13 @@ class AudioViews(nn.Module):
 
     def branch_logits(self, x):
         """Normalised log-mel (B, 1, n_mels, frames) -> each branch's logits (3, B, n_classes), as VIEWS names them."""
-        views = x, without_mean(x, dim=3), without_mean(x, dim=2)
-        return torch.stack([branch(view) for branch, view in zip(self.branches, views, strict=True)])
+        seen = {"level": x, "change": without_mean(x, dim=3), "shape": without_mean(x, dim=2)}
+        return torch.stack([branch(seen[view]) for view, branch in self.branches.items()])
 
 
 def without_mean(x, dim):
-    """Return log-mels (B, 1, n_mels, frames) less their mean over `dim`, each clip in its own standard deviations."""
-    x = x - x.mean(dim, keepdim=True)
-    variance = x.square().mean(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
-    return (x * (variance + LEAST_DEVIATION**2).rsqrt()).contiguous(memory_format=torch.channels_last)
+    """Return log-mels (B, 1, n_mels, frames) less their mean over `dim`: 3 is over time, 2 over mel bands."""
+    return (x - x.mean(dim, keepdim=True)).contiguous(memory_format=torch.channels_last)
 
 
 MODELS = {"AudioCNN": AudioCNN, "AudioViews": AudioViews}  # a new network is a class above and a name here

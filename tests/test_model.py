@@ -62,10 +62,9 @@ def test_each_view_forgets_what_it_should():
     for dim, forgotten in (3, torch.randn(4, 1, 16, 1)), (2, torch.randn(4, 1, 1, 40)):
         view = model.without_mean(x, dim)
         torch.testing.assert_close(model.without_mean(x + forgotten, dim), view, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(model.without_mean(3 * x, dim), view, rtol=0.02, atol=0.01)  # and the contrast
+        torch.testing.assert_close(model.without_mean(3 * x, dim), 3 * view)  # how steady a sound is can still be seen
         assert not torch.allclose(model.without_mean(x + forgotten.mean(), 5 - dim), x, atol=0.1)
         torch.testing.assert_close(view.mean(dim=dim), torch.zeros_like(view.mean(dim=dim)), rtol=0, atol=1e-5)
-        torch.testing.assert_close(view.square().mean(dim=(1, 2, 3)), torch.ones(4), rtol=0.03, atol=0)
     assert torch.equal(model.without_mean(torch.full_like(x, 7.0), 3), torch.zeros_like(x))
 
 

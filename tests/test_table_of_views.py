@@ -55,7 +55,7 @@ def test_each_row_is_the_accuracy_of_its_branches(processed, scripts, run_script
             x = batches.normalise(torch.from_numpy(data.features[clip][None]), batches.statistics_of(info))
             seen = x, model.without_mean(x, 3), model.without_mean(x, 2)
             with torch.inference_mode():
-                logits = [branch(view)[0] for branch, view in zip(network.branches, seen, strict=True)]
+                logits = [branch(view)[0] for branch, view in zip(network.branches.values(), seen, strict=True)]
                 assert network(x).argmax() == sum(logits).argmax()
             right.append(
                 [

@@ -593,7 +593,7 @@ def test_network_that_ends_in_no_numbers_is_not_reported(run_train, tmp_path):
 def test_three_branches_learn_each_from_its_own_loss():
     torch.manual_seed(0)
     views = model.AudioViews(3, 16, block_dropout=0.0, head_dropout=0.0).to(memory_format=torch.channels_last)
-    alone = [copy.deepcopy(branch) for branch in views.branches]
+    alone = [copy.deepcopy(branch) for branch in views.branches.values()]
     inputs, wanted = torch.randn(8, 1, 16, 40), torch.eye(3)[torch.arange(8) % 3]
     seen = inputs, model.without_mean(inputs, dim=3), model.without_mean(inputs, dim=2)
     settings = {"weight_decay": 0.0, "learning_rate": 1e-3}
@@ -604,12 +604,12 @@ def test_three_branches_learn_each_from_its_own_loss():
     ]
     torch.testing.assert_close(logits, torch.stack(each).mean(dim=0))
     assert logits.shape == (8, 3)
-    for branch, network in zip(views.branches, alone, strict=True):
+    for branch, network in zip(views.branches.values(), alone, strict=True):
         for found, expected in zip(branch.parameters(), network.parameters(), strict=True):
             torch.testing.assert_close(3 * found.grad, expected.grad, rtol=1e-3, atol=1e-5)
     views.eval()
     with torch.inference_mode():
-        expected = torch.stack([branch(view) for branch, view in zip(views.branches, seen, strict=True)]).mean(dim=0)
+        expected = torch.stack([branch(view) for branch, view in zip(views.branches.values(), seen, strict=True)]).mean(dim=0)
         torch.testing.assert_close(views(inputs), expected)
 
 
