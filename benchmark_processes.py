@@ -36,7 +36,8 @@ LINKED_FILES = 100  # real files behind the synthetic clips of any number
 WRITTEN_CLIPS = 1_000  # at once
 SAMPLE_SECONDS = 0.25  # between two looks at a command's memory
 MEMORY_CLIPS = "2000,20000,200000"
-CROP_FRAMES = 16  # of the training whose memory is looked at: short, as the features' size does not depend on it
+# Of the training whose memory is looked at: short, as the features' size does not depend on it.
+SHORT = "--model", "AudioCNN", "--crop_frames", 16
 AUDIO = data_loader.AudioSettings()
 
 
@@ -158,7 +159,7 @@ def benchmark_memory(folder, numbers):
         command = [sys.executable, REPOSITORY / "preprocess_data.py", "--data_dir", place / "set"]
         seconds, _, own, mapped = measure([*command, "--assets_dir", place])
         rows.append([f"preprocess {n_clips:,} clips", f"{seconds:.0f} s", megabytes(own), megabytes(mapped)])
-        command = [sys.executable, REPOSITORY / "train.py", "--folds", 0, "--epochs", 1, "--crop_frames", CROP_FRAMES]
+        command = [sys.executable, REPOSITORY / "train.py", "--folds", 0, "--epochs", 1, *SHORT]
         seconds, _, own, mapped = measure([*command, "--assets_dir", place])
         rows.append([f"train on {n_clips:,} clips", f"{seconds:.0f} s", megabytes(own), megabytes(mapped)])
         shutil.rmtree(place)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
 import calibration
 import config
@@ -19,6 +20,7 @@ from layers import ConvBlock
 from utils import UserError
 
 VIEWS = ("level", "change", "shape")  # of AudioViews
+VIEW_FRAMES = 4  # frames of 23 ms that it takes the mean of: neighbours share most of their 93 ms of sound anyway
 
 
 class AudioCNN(nn.Module):
@@ -55,12 +57,13 @@ class AudioCNN(nn.Module):
 class AudioViews(nn.Module):
     """Three AudioCNNs side by side, each with a view of its own; they answer with the mean of their logits.
 
-    750,750 parameters. One branch sees the log-mel as it is (level), one what changes in time, without the steady
-    colour of microphone and background (change), one each frame's spectrum without its level (shape). Each is trained
-    by its own loss, so that they err on different clips; RESULTS.md has what each alone, and each pair, is worth.
+    750,750 parameters, and the cost of one AudioCNN, because they see the mean of each VIEW_FRAMES frames. One sees
+    these as they are (level), one what changes in time, without the steady colour of microphone and background
+    (change), one each frame's spectrum without its level (shape). Each is trained by its own loss, so that they err on
+    different clips; RESULTS.md has what each alone, and each pair, is worth. Any number of frames from 64 on.
     """
 
-    least_shape = AudioCNN.least_shape
+    least_shape = AudioCNN.least_shape[0], AudioCNN.least_shape[1] * VIEW_FRAMES
     last_block = tuple(f"branches.{view}.block3" for view in VIEWS)
 
     def __init__(self, n_classes, n_mels, **dropouts):
@@ -74,6 +77,7 @@ class AudioViews(nn.Module):
 
     def branch_logits(self, x):
         """Normalised log-mel (B, 1, n_mels, frames) -> each branch's logits (3, B, n_classes), as VIEWS names them."""
+        x = avg_pool2d(x, (1, VIEW_FRAMES))  # (B, 1, n_mels, frames / 4)
         seen = {"level": x, "change": without_mean(x, dim=3), "shape": without_mean(x, dim=2)}
         return torch.stack([branch(seen[view]) for view, branch in self.branches.items()])
 
@@ -86,11 +90,16 @@ def without_mean(x, dim):
 MODELS = {"AudioCNN": AudioCNN, "AudioViews": AudioViews}  # a new network is a class above and a name here
 
 
-def build_model(name, n_classes, n_mels):
-    """Return a new network by its name in config.MODEL. UserError lists the names there are."""
+def network_class(name):
+    """Return a class above by its name in config.MODEL. UserError lists the names there are."""
     if name not in MODELS:
         raise UserError(f"no model {name!r} in model.py: MODEL in config.py is one of {', '.join(MODELS)}")
-    return MODELS[name](n_classes, n_mels)
+    return MODELS[name]
+
+
+def build_model(name, n_classes, n_mels):
+    """Return a new network by its name in config.MODEL. UserError lists the names there are."""
+    return network_class(name)(n_classes, n_mels)
 
 
 def count_parameters(model):

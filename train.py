@@ -44,7 +44,7 @@ import processes
 import publisher
 import tracking
 import utils
-from model import MODELS, build_model, check_state, count_parameters, model_path, save_model
+from model import MODELS, build_model, check_state, count_parameters, model_path, network_class, save_model
 from utils import UserError
 
 EVALUATION_BATCH = 64  # clips
@@ -104,9 +104,10 @@ def parse_args():
 def training_settings(args, data):
     """Return everything that the result depends on: checked on resume, stored with checkpoints and results.
 
-    args: an object with those FLAGS that differ from config.py; data: the Processed data set.
+    args: an object with those FLAGS that differ from config.py; data: the Processed data set. UserError if the
+    network's pooling leaves nothing of such examples.
     """
-    return {
+    settings = {
         **{name: getattr(args, name, getattr(config, name.upper())) for name in FLAGS},
         "warmup_share": config.WARMUP_SHARE,
         "block_dropout": config.BLOCK_DROPOUT,
@@ -114,6 +115,14 @@ def training_settings(args, data):
         "precision": config.PRECISION,
         "data": data.info["fingerprint"],
     }
+    n_mels, n_frames = data.features.shape[1], batches.crop_length(data.features.shape[2], settings)
+    least_mels, least_frames = network_class(settings["model"]).least_shape
+    if n_mels < least_mels or n_frames < least_frames:
+        raise UserError(
+            f"{settings['model']} needs {least_mels} mel bands and {least_frames} frames, and training examples have "
+            f"{n_mels} and {n_frames}: raise N_MELS or CROP_FRAMES in config.py, or choose another --model"
+        )
+    return settings
 
 
 def load_data(processed_dir, team=processes.ALONE):

@@ -555,6 +555,7 @@ def test_missing_processed_files_name_the_command(scripts, data, tmp_path):
         (("--seed", "x"), "'x'"),
         (("--device", "toaster"), "device 'toaster' can't be used here"),
         (("--epoch", "3"), "--epoch"),
+        (("--model", "AudioViews", "--crop_frames", "32"), "AudioViews needs 8 mel bands and 64 frames, and training"),
     ],
 )
 def test_bad_flags_are_named(flags, named, run_train, tmp_path):
@@ -594,8 +595,9 @@ def test_three_branches_learn_each_from_its_own_loss():
     torch.manual_seed(0)
     views = model.AudioViews(3, 16, block_dropout=0.0, head_dropout=0.0).to(memory_format=torch.channels_last)
     alone = [copy.deepcopy(branch) for branch in views.branches.values()]
-    inputs, wanted = torch.randn(8, 1, 16, 40), torch.eye(3)[torch.arange(8) % 3]
-    seen = inputs, model.without_mean(inputs, dim=3), model.without_mean(inputs, dim=2)
+    inputs, wanted = torch.randn(8, 1, 16, 80), torch.eye(3)[torch.arange(8) % 3]
+    level = inputs.unflatten(3, (20, 4)).mean(dim=4)
+    seen = level, model.without_mean(level, dim=3), model.without_mean(level, dim=2)
     settings = {"weight_decay": 0.0, "learning_rate": 1e-3}
     _, logits = train.train_step(views, train.make_optimizer(views, settings), inputs, wanted, 0.1, "float32")
     each = [
@@ -609,7 +611,9 @@ def test_three_branches_learn_each_from_its_own_loss():
             torch.testing.assert_close(3 * found.grad, expected.grad, rtol=1e-3, atol=1e-5)
     views.eval()
     with torch.inference_mode():
-        expected = torch.stack([branch(view) for branch, view in zip(views.branches.values(), seen, strict=True)]).mean(dim=0)
+        expected = torch.stack([branch(view) for branch, view in zip(views.branches.values(), seen, strict=True)]).mean(
+            dim=0
+        )
         torch.testing.assert_close(views(inputs), expected)
 
 
