@@ -31,7 +31,7 @@ SHORT_CLIPS = "repeat"  # clips under CLIP_SECONDS: "repeat" them to full length
 FEATURE_DTYPE = "float16"  # of the stored features; float16 rounds by at most 0.03 dB and halves file and memory
 
 # --- Training ----------------------------------------------------------------------------------------------------
-MODEL = "AudioViews"  # a class in model.py: three small "AudioCNN"s on coarser frames, at the cost of one on all frames
+MODEL = "AudioViews"  # a class in model.py: three AudioCNNs on coarser frames, at the cost of one on all, "AudioCNN"
 EPOCHS = 80
 QUICK_SHARE = 0.1  # of EPOCHS that train.py --quick trains
 BATCH_SIZE = 32  # clips

@@ -31,7 +31,7 @@ class AudioCNN(nn.Module):
     """
 
     least_shape = 8, 16  # mel bands and frames that the pooling leaves something of
-    last_block = ("block3",)  # whose feature maps explain.py shows
+    shown_blocks = ("block3",)  # whose feature maps explain.py shows
 
     def __init__(self, n_classes, n_mels, block_dropout=config.BLOCK_DROPOUT, head_dropout=config.HEAD_DROPOUT):
         super().__init__()
@@ -64,7 +64,7 @@ class AudioViews(nn.Module):
     """
 
     least_shape = AudioCNN.least_shape[0], AudioCNN.least_shape[1] * VIEW_FRAMES
-    last_block = tuple(f"branches.{view}.block3" for view in VIEWS)
+    shown_blocks = tuple(f"branches.{view}.block1" for view in VIEWS)  # the last ones have two columns for 4 s
 
     def __init__(self, n_classes, n_mels, **dropouts):
         super().__init__()
