@@ -31,9 +31,10 @@ def grad_cam(network, inputs, targets):
 
     inputs: normalised log-mels (B, 1, n_mels, frames); targets: (B,) places of the classes. Selvaraju et al. 2017
     (arXiv:1610.02391): the feature maps of a convolution block (the network's `shown_blocks`), weighted by the gradient
-    of the class's logit, summed, and cut at 0; of a network with branches, the sum of their maps. The gradient is not averaged over the map,
-    as HiResCAM has it (Draelos and Carin 2020, arXiv:2011.08891): AudioCNN's head weighs each mel band by itself, and
-    with the mean, masking what the map rates highest costs less confidence than masking cells at random.
+    of the class's logit, summed, and cut at 0; of a network with branches, the sum of their maps. The gradient is not
+    averaged over the map, as HiResCAM has it (Draelos and Carin 2020, arXiv:2011.08891): AudioCNN's head weighs each
+    mel band by itself, and with the mean, masking what the map rates highest costs less confidence than masking cells
+    at random.
     """
     maps = []
     blocks = [network.get_submodule(name) for name in network.shown_blocks]
