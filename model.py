@@ -57,8 +57,8 @@ class AudioCNN(nn.Module):
 class AudioViews(nn.Module):
     """Three AudioCNNs side by side, each with a view of its own; they answer with the mean of their logits.
 
-    750,750 parameters, and the cost of one AudioCNN, because they see the mean of each VIEW_FRAMES frames. One sees
-    these as they are (level), one what changes in time, without the steady colour of microphone and background
+    750,750 parameters, and the cost of one AudioCNN and an eighth: they see the mean of each VIEW_FRAMES frames. One
+    sees these as they are (level), one what changes in time, without the steady colour of microphone and background
     (change), one each frame's spectrum without its level (shape). Each is trained by its own loss, so that they err on
     different clips; RESULTS.md has what each alone, and each pair, is worth. Any number of frames from 64 on.
     """
