@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
+import config
 import utils
 from checkpoint import checkpoint_epochs
 
@@ -59,7 +60,7 @@ def fill_to(folder, free):
 
 
 def test_disk_that_fills_during_training_costs_one_epoch(small_disk, data, run_script, tmp_path):
-    folder = small_disk(60)
+    folder = small_disk(100)
     command = [sys.executable, REPOSITORY / TRAIN[0], *TRAIN[1:], "--processed_dir", data, "--assets_dir", folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for text in process.stdout:
@@ -114,7 +115,7 @@ def test_folder_of_somebody_else(tmp_path, data, run_script):
 def test_second_training_in_the_same_folder_is_told_so(tmp_path, data, run_script):
     command = [sys.executable, REPOSITORY / TRAIN[0], *TRAIN[1:], "--processed_dir", data, "--assets_dir", tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert "AudioCNN" in first.stdout.readline()
+        assert config.MODEL in first.stdout.readline()
         line = one_line(run_script(*TRAIN, "--processed_dir", data, "--assets_dir", tmp_path))
         assert f"train.py (process {first.pid}) is at work in {tmp_path / 'checkpoints'}" in line
         first.stdout.read()

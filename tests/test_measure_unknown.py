@@ -93,8 +93,8 @@ def test_command_line_measures_and_goes_on(random_data, run_script, scripts, tmp
     known, unknown = scores[(data.folds == 1) & (data.labels == 0)], scores[data.labels == 1]  # test clips alone
     expected = reference.roc_auc_score(np.repeat([1, 0], [4, 12]), np.concatenate([known, unknown]))
     assert rows[0]["energy"]["auroc"] == pytest.approx(expected)
-    assert rows[0]["energy"]["warned"] == (unknown < info["unknown_threshold"]).mean()
-    assert rows[0]["energy"]["known_warned"] == (known < info["unknown_threshold"]).mean()
+    assert rows[0]["energy"]["warned"] == pytest.approx((unknown < info["unknown_threshold"]).mean())
+    assert rows[0]["energy"]["known_warned"] == pytest.approx((known < info["unknown_threshold"]).mean())
     table = [line for line in done.stdout.splitlines() if re.match(r"\| (siren|mean of|white|near|like speech)", line)]
     assert len(table) == 5
     again = scripts.run("measure_unknown", *flags)
