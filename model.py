@@ -27,17 +27,25 @@ class AudioCNN(nn.Module):
     """Three convolution blocks, a mean over time, one convolution over mel bands, two linear layers.
 
     250,250 parameters for 128 mel bands and 10 classes. Any number of frames from 16 on: the mean over time makes the
-    rest of the network independent of it. n_mels must be a multiple of 8.
+    rest of the network independent of it. n_mels must be a multiple of 8. last_pool: mel bands and frames of the last
+    block's windows.
     """
 
     least_shape = 8, 16  # mel bands and frames that the pooling leaves something of
     shown_blocks = ("block3",)  # whose feature maps explain.py shows
 
-    def __init__(self, n_classes, n_mels, block_dropout=config.BLOCK_DROPOUT, head_dropout=config.HEAD_DROPOUT):
+    def __init__(
+        self,
+        n_classes,
+        n_mels,
+        last_pool=(2, 4),
+        block_dropout=config.BLOCK_DROPOUT,
+        head_dropout=config.HEAD_DROPOUT,
+    ):
         super().__init__()
         self.block1 = ConvBlock(1, 32, (2, 2), block_dropout)
         self.block2 = ConvBlock(32, 64, (2, 2), block_dropout)
-        self.block3 = ConvBlock(64, 128, (2, 4), block_dropout)
+        self.block3 = ConvBlock(64, 128, last_pool, block_dropout)
         self.over_bands = nn.Conv1d(128, 64, kernel_size=3, padding=1)
         self.hidden = nn.Linear(64 * (n_mels // 8), 128)
         self.dropout = nn.Dropout(head_dropout)
@@ -60,15 +68,16 @@ class AudioViews(nn.Module):
     750,750 parameters, and the cost of one AudioCNN and an eighth: they see the mean of each VIEW_FRAMES frames. One
     sees these as they are (level), one what changes in time, without the steady colour of microphone and background
     (change), one each frame's spectrum without its level (shape). Each is trained by its own loss, so that they err on
-    different clips; RESULTS.md has what each alone, and each pair, is worth. Any number of frames from 64 on.
+    different clips; RESULTS.md has what each alone, and each pair, is worth. Any number of frames from 32 on.
     """
 
-    least_shape = AudioCNN.least_shape[0], AudioCNN.least_shape[1] * VIEW_FRAMES
+    least_shape = 8, 8 * VIEW_FRAMES
     shown_blocks = tuple(f"branches.{view}.block1" for view in VIEWS)  # the last ones have two columns for 4 s
 
     def __init__(self, n_classes, n_mels, **dropouts):
         super().__init__()
-        self.branches = nn.ModuleDict({view: AudioCNN(n_classes, n_mels, **dropouts) for view in VIEWS})
+        # A clip's 43 frames leave 5 columns of 8. A last window of 4 would leave 2 of 16, and not hear the last second.
+        self.branches = nn.ModuleDict({view: AudioCNN(n_classes, n_mels, (2, 2), **dropouts) for view in VIEWS})
 
     def forward(self, x):
         """Normalised log-mel (B, 1, n_mels, frames) -> logits (B, n_classes); in training each branch's, (3 B, ...)."""

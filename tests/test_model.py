@@ -79,6 +79,15 @@ def test_views_answer_with_the_mean_of_their_branches():
         torch.testing.assert_close(views(clip[None])[0], logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", model.MODELS)
+def test_no_part_of_a_clip_goes_unheard(name):
+    torch.manual_seed(0)
+    x = torch.randn(4, 1, 128, 173, requires_grad=True)
+    model.build_model(name, 10, 128).eval()(x).square().sum().backward()
+    weight = x.grad.square().mean(dim=(0, 1, 2)).sqrt()  # (frames,); in the mean over time each frame has a little
+    assert (weight[:165] > weight.median() / 5).all()  # pooling leaves out less than 0.2 s
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [True, False])
 def test_audio_cnn_is_the_network_of_the_design(network, training, memory_format):
