@@ -72,7 +72,7 @@ class AudioViews(nn.Module):
     """
 
     least_shape = 8, 8 * VIEW_FRAMES
-    shown_blocks = tuple(f"branches.{view}.block1" for view in VIEWS)  # the last ones have two columns for 4 s
+    shown_blocks = tuple(f"branches.{view}.block1" for view in VIEWS)  # the last ones have 5 columns for 4 s
 
     def __init__(self, n_classes, n_mels, **dropouts):
         super().__init__()
