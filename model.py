@@ -93,7 +93,7 @@ class AudioViews(nn.Module):
 
 def without_mean(x, dim):
     """Return log-mels (B, 1, n_mels, frames) less their mean over `dim`: 3 is over time, 2 over mel bands."""
-    return (x - x.mean(dim, keepdim=True)).contiguous(memory_format=torch.channels_last)
+    return x - x.mean(dim, keepdim=True)
 
 
 MODELS = {"AudioCNN": AudioCNN, "AudioViews": AudioViews}  # a new network is a class above and a name here
@@ -109,6 +109,11 @@ def network_class(name):
 def build_model(name, n_classes, n_mels):
     """Return a new network by its name in config.MODEL. UserError lists the names there are."""
     return network_class(name)(n_classes, n_mels)
+
+
+def takes(network, shape):
+    """Return whether a network, or its class, leaves something of examples of `shape`, (n_mels, frames), in pooling."""
+    return all(size >= least for size, least in zip(shape, network.least_shape, strict=True))
 
 
 def count_parameters(model):
@@ -181,7 +186,7 @@ def load_model(path, device="cpu"):
     audio = check_info(path, info)
     model = build_model(info["model"], len(info["class_names"]), audio.n_mels)
     check_state(path, state, model.state_dict())
-    if audio.n_mels < model.least_shape[0] or audio.n_frames < model.least_shape[1]:
+    if not takes(model, audio.shape):
         raise UserError(f"{path} has clips of {audio.shape} mel bands and frames, and its network needs more")
     model.load_state_dict(state)
     return model.to(device, memory_format=torch.channels_last).eval(), info

@@ -1,7 +1,7 @@
 """What the views of AudioViews are worth: the test accuracy of each branch alone, of each pair, and of all three.
 
-    python table_of_views.py ../runs/views50_s*        # assets folders of trainings with --model AudioViews
-    python table_of_views.py ../runs/views50_s0 --processed_dir DATA
+    python table_of_views.py ../runs/default_s*        # assets folders of trainings with --model AudioViews
+    python table_of_views.py ../runs/default_s0 --processed_dir DATA
 
 Every model in the folders tests the clips of its own fold again, in float32, with the branches' logits averaged over
 each choice of them. Prints a row a choice: accuracy of each fold (mean of the folders), and the mean of the folds.

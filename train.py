@@ -44,7 +44,7 @@ import processes
 import publisher
 import tracking
 import utils
-from model import MODELS, build_model, check_state, count_parameters, model_path, network_class, save_model
+from model import MODELS, build_model, check_state, count_parameters, model_path, network_class, save_model, takes
 from utils import UserError
 
 EVALUATION_BATCH = 64  # clips
@@ -115,12 +115,12 @@ def training_settings(args, data):
         "precision": config.PRECISION,
         "data": data.info["fingerprint"],
     }
-    n_mels, n_frames = data.features.shape[1], batches.crop_length(data.features.shape[2], settings)
-    least_mels, least_frames = network_class(settings["model"]).least_shape
-    if n_mels < least_mels or n_frames < least_frames:
+    network = network_class(settings["model"])
+    shape = data.features.shape[1], batches.crop_length(data.features.shape[2], settings)  # of an example
+    if not takes(network, shape):
         raise UserError(
-            f"{settings['model']} needs {least_mels} mel bands and {least_frames} frames, and training examples have "
-            f"{n_mels} and {n_frames}: raise N_MELS or CROP_FRAMES in config.py, or choose another --model"
+            "{} needs {} mel bands and {} frames, and training examples have {} and {}: raise N_MELS or CROP_FRAMES in "
+            "config.py, or choose another --model".format(settings["model"], *network.least_shape, *shape)
         )
     return settings
 

@@ -445,8 +445,9 @@ def test_all_folds_answer_with_their_mean(loaded, recording, scripts, tmp_path):
     single = []
     for fold in (0, 4):
         state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        for name in (name for name in state if name.endswith("logits.bias")):
-            state[name] += torch.arange(10) * fold
+        for name, tensor in state.items():
+            if name.endswith("logits.bias"):
+                tensor += torch.arange(10) * fold
         model.save_model(model.model_path(tmp_path, fold), state, {**info, "fold": fold})
         flags = ("--json", "--model_dir", tmp_path)
         single += as_json(scripts.run("predict", recording, *flags, "--fold_num", fold))
