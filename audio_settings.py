@@ -5,6 +5,7 @@ checked wherever they come from.
 """
 
 import dataclasses
+import functools
 
 import config
 from utils import UserError
@@ -15,6 +16,9 @@ SETTING_LIMITS = {  # least and most that make sense; files from strangers have 
     "n_fft": (2, 32_768),
     "hop_length": (1, 32_768),
     "n_mels": (1, 1024),
+    "fine_frames": (1, 64),
+    "fine_n_fft": (2, 32_768),
+    "fine_n_mels": (4, 1024),
     "f_min": (0, 384_000),
     "f_max": (1, 384_000),
     "top_db": (0, 1000),
@@ -32,6 +36,9 @@ class AudioSettings:
     n_fft: int = config.N_FFT  # samples
     hop_length: int = config.HOP_LENGTH  # samples
     n_mels: int = config.N_MELS
+    fine_frames: int = config.FINE_FRAMES  # of each frame
+    fine_n_fft: int = config.FINE_N_FFT  # samples
+    fine_n_mels: int = config.FINE_N_MELS
     f_min: float = config.F_MIN  # Hz
     f_max: float = config.F_MAX  # Hz
     top_db: float = config.TOP_DB  # dB
@@ -49,12 +56,19 @@ class AudioSettings:
             if not isinstance(value, (int, field.type)) or not least <= value <= most:
                 kind = "whole number" if field.type is int else "number"
                 raise UserError(f"{what} is {value!r}: it must be a {kind} from {least} to {most}")
-        if self.n_fft % 2:
-            raise UserError(f"the audio setting n_fft is {self.n_fft}: it must be even")
+        for name in ("n_fft", "fine_n_fft"):
+            if getattr(self, name) % 2:
+                raise UserError(f"the audio setting {name} is {getattr(self, name)}: it must be even")
+        if self.hop_length % self.fine_frames:
+            raise UserError(
+                f"the audio setting hop_length is {self.hop_length}: it must be a multiple of fine_frames, "
+                f"{self.fine_frames}"
+            )
         if self.f_min >= self.f_max:
             raise UserError(f"the audio setting f_min is {self.f_min} and f_max {self.f_max}: f_max must be higher")
-        if self.n_frames * self.n_fft > MOST_FFT_SAMPLES:
-            raise UserError(f"the audio settings make {self.n_frames} frames of {self.n_fft} samples: raise hop_length")
+        for frames, n_fft in ((self.n_frames, self.n_fft), (self.n_frames * self.fine_frames, self.fine_n_fft)):
+            if frames * n_fft > MOST_FFT_SAMPLES:
+                raise UserError(f"the audio settings make {frames} frames of {n_fft} samples: raise hop_length")
 
     @property
     def clip_samples(self):
@@ -67,6 +81,19 @@ class AudioSettings:
         return 1 + self.clip_samples // self.hop_length
 
     @property
+    def blocks(self):
+        """Mel bands of each block of a clip's rows: of the log-mel, then of each of a frame's fine frames."""
+        return [self.n_mels] + [self.fine_n_mels] * self.fine_frames
+
+    @property
     def shape(self):
-        """(mel bands, frames) of one clip's features."""
-        return self.n_mels, self.n_frames
+        """(rows, frames) of one clip's features; data_loader.py's `clip_features` says what the rows are."""
+        return sum(self.blocks), self.n_frames
+
+    @functools.cached_property
+    def fine(self):
+        """The settings of the fine log-mel by itself."""
+        return dataclasses.replace(
+            self, n_fft=self.fine_n_fft, hop_length=self.hop_length // self.fine_frames, n_mels=self.fine_n_mels,
+            fine_frames=1,
+        )  # fmt: skip

@@ -63,7 +63,7 @@ def cells_that_tell_the_class(data):
     The measure is the correlation ratio of each cell (between-class share of its variance; R. A. Fisher, "Statistical
     Methods for Research Workers", 1925): near 1 means that the cell's value names the class.
     """
-    total = np.zeros(data.features.shape[1:])  # (n_mels, n_frames)
+    total = np.zeros(data.features.shape[1:])  # (rows, n_frames)
     squares, between = np.zeros_like(total), np.zeros_like(total)
     n_clips = len(data.labels)
     for label in np.unique(data.labels):
@@ -78,13 +78,13 @@ def cells_that_tell_the_class(data):
     variance = squares / n_clips - (total / n_clips) ** 2
     between = between / n_clips - (total / n_clips) ** 2
     share = np.divide(between, variance, out=np.zeros_like(total), where=variance > 1e-6)
-    band, frame = np.unravel_index(share.argmax(), share.shape)
-    if share[band, frame] < LABEL_SHARE:
+    row, frame = np.unravel_index(share.argmax(), share.shape)
+    if share[row, frame] < LABEL_SHARE:
         return []
     cells = int((share >= LABEL_SHARE).sum())
     return [
-        f"the label is in the features: mel band {band}, frame {frame} alone tells the class "
-        f"({share[band, frame]:.1%} of its variance is between classes; {cells} such cells)"
+        f"the label is in the features: row {row}, frame {frame} alone tells the class "
+        f"({share[row, frame]:.1%} of its variance is between classes; {cells} such cells)"
     ]
 
 
@@ -139,7 +139,7 @@ def check_predictions(path, network, info, data, fold):
         findings.append(f"{path.name} has another classID than the data for {len(wrong)} clips, such as {wrong[0]}")
     sample = rows[:: max(len(rows) // REPRODUCED_CLIPS, 1)]
     features = torch.from_numpy(np.stack([data.features[place[row[0]]] for row in sample]))
-    inputs = batches.normalise(features, batches.statistics_of(info))  # (sample, 1, n_mels, frames)
+    inputs = batches.normalise(features, batches.statistics_of(info))  # (sample, 1, rows, frames)
     computed = network(inputs).softmax(dim=1).numpy()  # (sample, classes)
     difference = np.abs(computed - np.array([row[2:] for row in sample], np.float64)).max(axis=1)
     if difference.max() > PROBABILITY_TOLERANCE:

@@ -6,6 +6,7 @@ every device, the same after a resume, one transfer an epoch.
 """
 
 import dataclasses
+import typing
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def split(folds, test_fold, validation):
 
 
 def band_statistics(features, indices):
-    """Return (mean, standard deviation) of each mel band over the clips `indices`, both (n_mels,) float32, in dB.
+    """Return (mean, standard deviation) of each row over the clips `indices`, both (rows,) float32, in dB.
 
     One clip at a time in float64, so that no copy of the features is made. These two rows normalise training and
     prediction alike; they come from training clips alone and travel in the model file.
@@ -50,7 +51,7 @@ def band_statistics(features, indices):
     total = np.zeros(features.shape[1])
     squares = np.zeros(features.shape[1])
     for index in indices:
-        clip = features[index].astype(np.float64)  # (n_mels, n_frames)
+        clip = features[index].astype(np.float64)  # (rows, n_frames)
         total += clip.sum(axis=1)
         squares += (clip**2).sum(axis=1)
     count = len(indices) * features.shape[2]
@@ -60,13 +61,13 @@ def band_statistics(features, indices):
 
 
 def normalise(features, statistics):
-    """Return features in standard deviations of their mel band: (B, n_mels, frames) dB -> (B, 1, n_mels, frames)."""
-    mean, deviation = statistics  # (n_mels,) tensors
+    """Return features in standard deviations of their mel band: (B, rows, frames) dB -> (B, 1, rows, frames)."""
+    mean, deviation = statistics  # (rows,) tensors
     return ((features.float() - mean[:, None]) / deviation[:, None]).unsqueeze(1)
 
 
 def statistics_of(info):
-    """Return (mean, deviation) of each mel band as `normalise` takes them, from a model file's metadata."""
+    """Return (mean, deviation) of each row as `normalise` takes them, from a model file's metadata."""
     return [torch.tensor(info[key]) for key in ("band_mean", "band_deviation")]
 
 
@@ -76,6 +77,27 @@ def batch_slices(n_clips, batch_size):
     if len(starts) > 1 and n_clips - starts[-1] == 1:
         starts.pop()
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], n_clips], strict=True)]
+
+
+class Rows(typing.NamedTuple):
+    """Where each row of a clip's features lies (data_loader.py's `clip_features`): tensors (rows,) on the device."""
+
+    n_mels: int  # of the log-mel
+    first: torch.Tensor  # row of its block: of the log-mel, or of one fine frame
+    last: torch.Tensor  # row of its block
+    bands: torch.Tensor  # mel bands of the log-mel that it is as wide as: 1, or 4 of 128 where 32 fine ones are
+
+    @property
+    def band(self):
+        """The mel band of the log-mel at which each row begins."""
+        return (torch.arange(len(self.first), device=self.first.device) - self.first) * self.bands
+
+
+def rows_of(blocks, device):
+    """Return the Rows of features with these blocks (AudioSettings.blocks), on the device."""
+    size = torch.tensor(blocks, device=device).repeat_interleave(torch.tensor(blocks, device=device))  # (rows,)
+    first = torch.cat([torch.full((n,), sum(blocks[:k]), device=device) for k, n in enumerate(blocks)])
+    return Rows(blocks[0], first, first + size - 1, blocks[0] / size)
 
 
 @dataclasses.dataclass
@@ -137,23 +159,22 @@ def crop_length(n_frames, settings):
     return min(settings["crop_frames"] or n_frames, n_frames)
 
 
-def training_batch(features, targets, statistics, plan, settings):
-    """Return (inputs, soft targets) of one batch: float32 (B, 1, n_mels, crop) and (B, classes).
+def training_batch(features, rows, targets, statistics, plan, settings):
+    """Return (inputs, soft targets) of one batch: float32 (B, 1, rows, crop) and (B, classes).
 
-    features: (clips, n_mels, n_frames) dB; targets: (clips, classes) one-hot; plan: an EpochPlan cut to the batch.
+    features: (clips, rows, n_frames) dB; rows: their Rows; targets: (clips, classes) one-hot; plan: an EpochPlan cut to
+    the batch.
     """
     mean, deviation = statistics
-    n_mels, n_frames = features.shape[1:]
-    device = features.device
-    bands = torch.arange(n_mels, device=device)  # (n_mels,)
-    frames = torch.arange(crop_length(n_frames, settings), device=device)  # (crop,)
+    bands = rows.band  # (rows,)
+    frames = torch.arange(crop_length(features.shape[2], settings), device=features.device)  # (crop,)
     # Shift, stretch and crop in one read of the features; the edge band fills what they leave empty.
-    source = (bands * plan.band_step[:, None]).round().long() + plan.band_shift[:, None]
-    source = source.clamp(0, n_mels - 1)  # (B, n_mels)
+    source = (bands * plan.band_step[:, None] + plan.band_shift[:, None]) / rows.bands  # (B, rows)
+    source = (rows.first + source.round().long()).clamp(rows.first, rows.last)
     times = plan.first_frame[:, None] + (frames * plan.frame_step[:, None]).round().long()  # (B, crop)
-    inputs = features[plan.index[:, None, None], source[:, :, None], times[:, None, :]].float()  # (B, n_mels, crop)
+    inputs = features[plan.index[:, None, None], source[:, :, None], times[:, None, :]].float()  # (B, rows, crop)
     if settings["gain_db"] or settings["filter_db"]:
-        inputs += over_bands(plan.gains, n_mels)[:, :, None]
+        inputs += over_bands(plan.gains, bands, rows.n_mels)[:, :, None]
     inputs.sub_(mean[source][:, :, None]).div_(deviation[source][:, :, None])
     labels = targets[plan.index]  # (B, classes)
     if settings["mixup_alpha"]:  # each clip's partner is its mirror in the batch, which is in random order already
@@ -167,9 +188,12 @@ def training_batch(features, targets, statistics, plan, settings):
     return inputs.unsqueeze(1), labels
 
 
-def over_bands(gains, n_mels):
-    """Return a frequency response from its points, straight lines between: (B, FILTER_POINTS) -> (B, n_mels)."""
-    place = torch.linspace(0, FILTER_POINTS - 1, n_mels, device=gains.device)  # (n_mels,)
+def over_bands(gains, bands, n_mels):
+    """Return a frequency response at some of n_mels bands, from its points, straight lines between.
+
+    gains: (B, FILTER_POINTS), from the lowest to the highest band; bands: (rows,); returns (B, rows).
+    """
+    place = bands * ((FILTER_POINTS - 1) / max(n_mels - 1, 1))  # (rows,)
     below = place.long().clamp(max=FILTER_POINTS - 2)
     return torch.lerp(gains[:, below], gains[:, below + 1], place - below)
 

@@ -74,16 +74,20 @@ def usual_clip(path):
 
     samples, rate = librosa.load(path, sr=AUDIO.sample_rate)
     samples = librosa.util.fix_length(samples, size=AUDIO.clip_samples)
-    mel = librosa.feature.melspectrogram(
-        y=samples, sr=rate, n_fft=AUDIO.n_fft, hop_length=AUDIO.hop_length, n_mels=AUDIO.n_mels
-    )
-    return librosa.power_to_db(mel)
+    mels = [
+        librosa.feature.melspectrogram(
+            y=samples, sr=rate, n_fft=audio.n_fft, hop_length=audio.hop_length, n_mels=audio.n_mels
+        )
+        for audio in (AUDIO, AUDIO.fine)
+    ]
+    return [librosa.power_to_db(mel) for mel in mels]
 
 
 def floor_clip(path):
-    """What no front-end of this kind can do without: decoding, resampling and one FFT a frame."""
+    """What no front-end of this kind can do without: decoding, resampling and the FFTs of both log-mels."""
     samples = data_loader.fit_clip(audio_reader.read_audio(path, AUDIO.sample_rate), AUDIO)
-    data_loader.spectrum(samples, AUDIO)
+    for audio in (AUDIO, AUDIO.fine):
+        data_loader.spectrum(samples, audio)
 
 
 def our_clip(path):
@@ -131,7 +135,7 @@ def write_random_data(folder, clips_per_fold):
 
 
 def random_features(n_clips):
-    """Return features of noise, (n_clips, n_mels, n_frames)."""
+    """Return features of noise, (n_clips, rows, n_frames)."""
     rng = np.random.default_rng(0)
     features = np.empty((n_clips, *AUDIO.shape), AUDIO.feature_dtype)
     for start in range(0, n_clips, 100):
@@ -251,18 +255,19 @@ def training_cost(n_clips):
     """Return the seconds an example: the plan of an epoch of n_clips, and some of its steps."""
     features = torch.from_numpy(random_features(n_clips))
     targets = torch.eye(10)[torch.arange(n_clips) % 10]
-    band = [torch.zeros(AUDIO.n_mels), torch.ones(AUDIO.n_mels)]
+    rows = batches.rows_of(AUDIO.blocks, CPU)
+    statistics = [torch.zeros(AUDIO.shape[0]), torch.ones(AUDIO.shape[0])]
     settings = batches.augmentation_settings()
     _, network = new_networks()
     optimizer = train.make_optimizer(network, {"weight_decay": 0.0, "learning_rate": 1e-3})
     slices = batches.batch_slices(n_clips, config.BATCH_SIZE)[: 2 * STEPS]
 
     def plan_epoch():
-        return batches.plan_epoch(np.arange(n_clips), AUDIO.shape, settings, (0, 0, 1), CPU)
+        return batches.plan_epoch(np.arange(n_clips), (AUDIO.n_mels, AUDIO.n_frames), settings, (0, 0, 1), CPU)
 
     def steps():
         for batch in slices:
-            inputs, wanted = batches.training_batch(features, targets, band, plan[batch], settings)
+            inputs, wanted = batches.training_batch(features, rows, targets, statistics, plan[batch], settings)
             train.train_step(network, optimizer, inputs, wanted, 0.1)
 
     plan = plan_epoch()

@@ -82,8 +82,8 @@ def our_loop(network, features, targets, batch_size, steps, precision=config.PRE
 def new_networks(**options):
     """Return the plain network and ours, with the same weights."""
     torch.manual_seed(0)
-    ours = AudioCNN(10, AUDIO.n_mels, **options)
-    plain = PlainCNN(10, AUDIO.n_mels, **options)
+    ours = AudioCNN(10, AUDIO, **options)
+    plain = PlainCNN(10, AUDIO, **options)
     plain.load_state_dict(ours.state_dict())
     return plain, ours.to(memory_format=torch.channels_last)
 

@@ -25,7 +25,7 @@ Log-mel spectrograms of {source}, ready for training: {n_clips} clips of {n_clas
 
 | file | content |
 |---|---|
-| `features.pkl` | array {shape}, {dtype}: clip × mel band × frame, power in dB |
+| `features.pkl` | array {shape}, {dtype}: clip × row × frame, power in dB; the rows: see below |
 | `labels.pkl`, `folds.pkl` | int64 arrays in the same order: classID; fold, 1 to 10 |
 | `class_mapping.pkl` | {{classID: class name}} |
 | `clips.csv` | the metadata rows in the same order |
@@ -47,6 +47,9 @@ code that is in it.
 ## Audio settings
 
 {settings}
+
+The rows are the `n_mels` mel bands of a log-mel spectrogram, then the `fine_n_mels` bands of each of a frame's
+`fine_frames` shorter frames.
 
 ## Clips per class and fold
 

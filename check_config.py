@@ -57,6 +57,12 @@ RULES = {
     "N_FFT": whole(16),
     "HOP_LENGTH": whole(1),
     "N_MELS": (lambda value: is_whole(value) and value > 0 and value % 8 == 0, "a multiple of 8"),
+    "FINE_FRAMES": (
+        lambda value: is_whole(value) and value > 0 and config.HOP_LENGTH % value == 0,
+        "a divisor of HOP_LENGTH",
+    ),
+    "FINE_N_FFT": whole(16),
+    "FINE_N_MELS": (lambda value: is_whole(value) and value > 0 and value % 4 == 0, "a multiple of 4"),
     "F_MIN": (lambda value: 0 <= value < config.F_MAX, "at least 0 and under F_MAX"),
     "F_MAX": (lambda value: 0 < value <= config.SAMPLE_RATE / 2, "at most half of SAMPLE_RATE"),
     "TOP_DB": between(ABOVE_ZERO, math.inf),

@@ -24,6 +24,11 @@ CLIP_SECONDS = 4.0  # s; the longest clip of UrbanSound8K, and the length of one
 N_FFT = 2048  # samples in one FFT frame (93 ms)
 HOP_LENGTH = 512  # samples from one frame to the next (23 ms)
 N_MELS = 128  # mel bands (Slaney's scale and area norm, as librosa's default)
+FINE_FRAMES = (
+    2  # of a second log-mel, from one frame to the next; its short FFT frames tell more in time, less in pitch
+)
+FINE_N_FFT = 512  # samples in one of its FFT frames (23 ms)
+FINE_N_MELS = 32  # its mel bands
 F_MIN = 0.0  # Hz; lower edge of the lowest mel band
 F_MAX = SAMPLE_RATE / 2  # Hz; upper edge of the highest mel band
 TOP_DB = 80.0  # dB; everything further below the clip's loudest cell is raised to that level
@@ -31,7 +36,7 @@ SHORT_CLIPS = "repeat"  # clips under CLIP_SECONDS: "repeat" them to full length
 FEATURE_DTYPE = "float16"  # of the stored features; float16 rounds by at most 0.03 dB and halves file and memory
 
 # --- Training ----------------------------------------------------------------------------------------------------
-MODEL = "AudioViews"  # a class in model.py: three AudioCNNs on coarser frames, at the cost of one on all, "AudioCNN"
+MODEL = "AudioViews"  # a class in model.py: three small networks on views of a clip; or "AudioCNN", one on all frames
 EPOCHS = 80
 QUICK_SHARE = 0.1  # of EPOCHS that train.py --quick trains
 BATCH_SIZE = 32  # clips

@@ -119,9 +119,23 @@ def log_mel(samples, audio):
     return np.maximum(decibels, decibels.max() - audio.top_db).T
 
 
+def fine_log_mel(samples, audio):
+    """Return the log-mel spectrogram in fine frames, (fine_n_mels, fine_frames for each frame of `log_mel`), in dB."""
+    n_frames = audio.fine_frames * (1 + len(samples) // audio.hop_length)
+    needed = (n_frames - 1) * audio.fine.hop_length  # samples, for as many frames
+    return log_mel(np.pad(samples, (0, max(needed - len(samples), 0))), audio.fine)[:, :n_frames]
+
+
 def clip_features(samples, audio):
-    """Return the features of one clip as they are stored and trained on, shape (n_mels, n_frames)."""
-    return log_mel(fit_clip(samples, audio), audio).astype(audio.feature_dtype)
+    """Return the features of one clip as they are stored and trained on, shape (rows, n_frames), in dB.
+
+    The rows are the n_mels bands of the log-mel, then the fine_n_mels bands of the first fine frame of each frame, then
+    those of the next: so all that sounds at one time stands in one column. `unfold` (model.py) joins the fine frames.
+    """
+    samples = fit_clip(samples, audio)
+    fine = fine_log_mel(samples, audio)  # (fine_n_mels, fine_frames x n_frames)
+    fine = [fine[:, first :: audio.fine_frames] for first in range(audio.fine_frames)]
+    return np.concatenate([log_mel(samples, audio), *fine]).astype(audio.feature_dtype)
 
 
 # --- The data set's table ----------------------------------------------------------------------------------------
@@ -192,7 +206,7 @@ CHECKED_BYTES = 1 << 24  # of the data, a thread at a time
 class Processed:
     """The processed data set: everything that training needs, in the order of clips.csv."""
 
-    features: np.ndarray  # (clips, n_mels, n_frames) log-mel in dB
+    features: np.ndarray  # (clips, rows, n_frames) log-mel in dB
     labels: np.ndarray  # (clips,) int64 classID
     folds: np.ndarray  # (clips,) int64, 1 to 10
     class_names: dict  # {classID: class name}
@@ -204,7 +218,7 @@ class Processed:
 def save_processed(folder, features, clips, audio, source, left_out=()):
     """Write the processed files of a data set. features.json goes first out and last in: it marks a complete set.
 
-    features: (clips, n_mels, n_frames); clips: metadata rows in the same order, as from `read_clip_table`; source: name
+    features: (clips, rows, n_frames); clips: metadata rows in the same order, as from `read_clip_table`; source: name
     of the data set; left_out: names of clips that its metadata lists and the files lack.
     """
     with features_writer(folder, audio) as append:
@@ -214,7 +228,7 @@ def save_processed(folder, features, clips, audio, source, left_out=()):
 
 @contextlib.contextmanager
 def features_writer(folder, audio):
-    """Write a folder's features.pkl as the clips come: gives a function that appends features (n, n_mels, n_frames).
+    """Write a folder's features.pkl as the clips come: gives a function that appends features (n, rows, n_frames).
 
     If the block fails, the folder stays as it was. If it ends well, `save_tables` must follow.
     """

@@ -27,14 +27,14 @@ CLIPS_AT_ONCE = 32
 
 
 def grad_cam(network, inputs, targets):
-    """Return which cells speak for a class, (B, n_mels, frames), each from 0 to 1 (the most).
+    """Return which cells of the log-mel speak for a class, (B, n_mels, frames), each from 0 to 1 (the most).
 
-    inputs: normalised log-mels (B, 1, n_mels, frames); targets: (B,) places of the classes. Selvaraju et al. 2017
+    inputs: normalised features (B, 1, rows, frames); targets: (B,) places of the classes. Selvaraju et al. 2017
     (arXiv:1610.02391): the feature maps of a convolution block (the network's `shown_blocks`), weighted by the gradient
-    of the class's logit, summed, and cut at 0; of a network with branches, the sum of their maps. The gradient is not
-    averaged over the map, as HiResCAM has it (Draelos and Carin 2020, arXiv:2011.08891): AudioCNN's head weighs each
-    mel band by itself, and with the mean, masking what the map rates highest costs less confidence than masking cells
-    at random.
+    of the class's logit, summed, and cut at 0; of a network with branches, the sum of their maps, by area. The gradient
+    is not averaged over the map, as HiResCAM has it (Draelos and Carin 2020, arXiv:2011.08891): AudioCNN's head weighs
+    each mel band by itself, and with the mean, masking what the map rates highest costs less confidence than masking
+    cells at random.
     """
     maps = []
     blocks = [network.get_submodule(name) for name in network.shown_blocks]
@@ -48,8 +48,11 @@ def grad_cam(network, inputs, targets):
             hook.remove()
     heat = 0
     for gradient, values in zip(gradients, maps, strict=True):
-        heat = heat + relu((gradient * values.detach()).sum(dim=1, keepdim=True))  # (B, 1, H, W)
-    heat = interpolate(heat, inputs.shape[2:], mode="bilinear")[:, 0]  # (B, n_mels, frames)
+        weight = relu((gradient * values.detach()).sum(dim=1, keepdim=True))  # (B, 1, H, W)
+        weight *= weight[0].numel()  # a cell of a coarse map stands for more of the clip
+        heat = (
+            heat + interpolate(weight, (network.n_mels, inputs.shape[3]), mode="bilinear")[:, 0]
+        )  # (B, n_mels, frames)
     return heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
 
 
@@ -68,17 +71,21 @@ def moved(masks, generator):
 
 
 @torch.no_grad()
-def confidence_without(network, inputs, targets, masks):
-    """Return each clip's probability of its class, (B,), where the masked cells have the mean of their band."""
-    probabilities = network(inputs.masked_fill(masks[:, None], 0.0)).softmax(dim=1)
+def confidence_without(network, rows, inputs, targets, masks):
+    """Return each clip's probability of its class, (B,), where the masked cells have the mean of their band.
+
+    masks: (B, n_mels, frames), of the log-mel; what they cover is masked in the fine log-mel, too.
+    """
+    masks = masks[:, None, rows.band.long()]  # (B, 1, rows, frames)
+    probabilities = network(inputs.masked_fill(masks, 0.0)).softmax(dim=1)
     return probabilities.gather(1, targets[:, None])[:, 0]
 
 
-def deletion_falls(network, inputs, seed=0):
+def deletion_falls(network, rows, inputs, seed=0):
     """Return by how much the confidence in the predicted class falls when cells are masked, {what is masked: (B,)}.
 
-    inputs: normalised log-mels (B, 1, n_mels, frames). Masked are the MASKED_SHARE of highest Grad-CAM, the same shape
-    at a random place, and single cells at random.
+    rows: the features' Rows (batches.py); inputs: normalised features (B, 1, rows, frames). Masked are the MASKED_SHARE
+    of highest Grad-CAM, the same shape at a random place, and single cells at random.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -89,7 +96,7 @@ def deletion_falls(network, inputs, seed=0):
         "the same shape elsewhere": moved(top, generator),
         "a tenth of the cells at random": highest(torch.rand(top.shape, generator=generator)),
     }
-    return {what: confidence - confidence_without(network, inputs, targets, mask) for what, mask in masks.items()}
+    return {what: confidence - confidence_without(network, rows, inputs, targets, mask) for what, mask in masks.items()}
 
 
 def main():
@@ -105,10 +112,12 @@ def main():
     indices = np.flatnonzero(data.folds == args.fold_num + 1)
     if not len(indices):
         raise UserError(f"{folders.processed} has no clips of fold {args.fold_num}: choose another --fold_num")
+    rows = batches.rows_of(data.audio.blocks, "cpu")
     falls = []
     for start in tqdm(range(0, len(indices), CLIPS_AT_ONCE), "clips", disable=None, leave=False):
         features = torch.from_numpy(data.features[indices[start : start + CLIPS_AT_ONCE]])
-        falls.append(deletion_falls(network, batches.normalise(features, batches.statistics_of(info)), seed=start))
+        inputs = batches.normalise(features, batches.statistics_of(info))
+        falls.append(deletion_falls(network, rows, inputs, seed=start))
     falls = {what: torch.cat([fall[what] for fall in falls]) for what in falls[0]}  # (clips,) each
     top = falls["the highest tenth"]
     print(f"{len(indices)} clips of fold {args.fold_num}; masked, and by how much the confidence falls:")

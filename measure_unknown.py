@@ -98,7 +98,7 @@ def syllable(rng, voice, length, sample_rate):
 
 
 def made_sounds(audio, seed, count):
-    """Return {kind: features (count, n_mels, n_frames) in dB} of sounds that are none of the classes."""
+    """Return {kind: features (count, rows, n_frames) in dB} of sounds that are none of the classes."""
     kinds = {
         "white noise": lambda rng: coloured_noise(rng, audio, 0),
         "pink noise": lambda rng: coloured_noise(rng, audio, 0.5),
@@ -159,7 +159,7 @@ def train_without(class_id, fold, known, args):
 
 @torch.inference_mode()
 def logits_of(network, info, features):
-    """Return the logits (clips, classes) of features (clips, n_mels, n_frames) in dB, on the CPU."""
+    """Return the logits (clips, classes) of features (clips, rows, n_frames) in dB, on the CPU."""
     statistics = batches.statistics_of(info)
     parts = [torch.from_numpy(part) for part in np.array_split(features, -(-len(features) // train.EVALUATION_BATCH))]
     return torch.cat([network(batches.normalise(part, statistics)) for part in parts])

@@ -6,6 +6,7 @@ normalisation, and how the model was trained and scored.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -20,15 +21,18 @@ from layers import ConvBlock
 from utils import UserError
 
 VIEWS = ("level", "change", "shape")  # of AudioViews
-VIEW_FRAMES = 4  # frames of 23 ms that it takes the mean of: neighbours share most of their 93 ms of sound anyway
+VIEW_FRAMES = 4  # frames of 23 ms that two of them take the mean of: neighbours share most of their 93 ms of sound
+# Mel bands and frames of the windows of AudioCNN's three blocks
+POOLS = (2, 2), (2, 2), (2, 4)
+MEAN_POOLS = (2, 2), (2, 2), (2, 2)  # a clip's 43 means leave 5 columns; windows of 4 at last would leave 2, for 3 s
+FINE_POOLS = (1, 4), (2, 4), (2, 2)
 
 
 class AudioCNN(nn.Module):
     """Three convolution blocks, a mean over time, one convolution over mel bands, two linear layers.
 
     250,250 parameters for 128 mel bands and 10 classes. Any number of frames from 16 on: the mean over time makes the
-    rest of the network independent of it. n_mels must be a multiple of 8. last_pool: mel bands and frames of the last
-    block's windows.
+    rest of the network independent of it. Of an example's rows it sees the log-mel, not the fine one.
     """
 
     least_shape = 8, 16  # mel bands and frames that the pooling leaves something of
@@ -37,23 +41,24 @@ class AudioCNN(nn.Module):
     def __init__(
         self,
         n_classes,
-        n_mels,
-        last_pool=(2, 4),
+        audio,
+        pools=POOLS,
         block_dropout=config.BLOCK_DROPOUT,
         head_dropout=config.HEAD_DROPOUT,
     ):
         super().__init__()
-        self.block1 = ConvBlock(1, 32, (2, 2), block_dropout)
-        self.block2 = ConvBlock(32, 64, (2, 2), block_dropout)
-        self.block3 = ConvBlock(64, 128, last_pool, block_dropout)
+        self.n_mels = audio.n_mels
+        self.block1 = ConvBlock(1, 32, pools[0], block_dropout)
+        self.block2 = ConvBlock(32, 64, pools[1], block_dropout)
+        self.block3 = ConvBlock(64, 128, pools[2], block_dropout)
         self.over_bands = nn.Conv1d(128, 64, kernel_size=3, padding=1)
-        self.hidden = nn.Linear(64 * (n_mels // 8), 128)
+        self.hidden = nn.Linear(64 * (audio.n_mels // math.prod(bands for bands, _ in pools)), 128)
         self.dropout = nn.Dropout(head_dropout)
         self.logits = nn.Linear(128, n_classes)
 
     def forward(self, x):
-        """Normalised log-mel (B, 1, n_mels, frames) -> logits (B, n_classes)."""
-        x = self.block1(x)  # (B, 32, n_mels / 2, frames / 2)
+        """Normalised features (B, 1, rows, frames) -> logits (B, n_classes)."""
+        x = self.block1(x[:, :, : self.n_mels])  # (B, 32, n_mels / 2, frames / 2)
         x = self.block2(x)  # (B, 64, n_mels / 4, frames / 4)
         x = self.block3(x)  # (B, 128, n_mels / 8, frames / 16)
         x = x.mean(dim=3)  # (B, 128, n_mels / 8)
@@ -65,34 +70,51 @@ class AudioCNN(nn.Module):
 class AudioViews(nn.Module):
     """Three AudioCNNs side by side, each with a view of its own; they answer with the mean of their logits.
 
-    750,750 parameters, and the cost of one AudioCNN and an eighth: they see the mean of each VIEW_FRAMES frames. One
-    sees these as they are (level), one what changes in time, without the steady colour of microphone and background
-    (change), one each frame's spectrum without its level (shape). Each is trained by its own loss, so that they err on
-    different clips; RESULTS.md has what each alone, and each pair, is worth. Any number of frames from 32 on.
+    685,214 parameters, and the cost of one AudioCNN and a tenth. Two see the mean of each VIEW_FRAMES frames of the
+    log-mel: one as it is (level), one what changes in time, without the steady colour of microphone and background
+    (change). One sees the fine log-mel, each frame's spectrum without its level (shape). Each is trained by its own
+    loss, so that they err on different clips; RESULTS.md has what each alone, and each pair, is worth. Any number of
+    frames from 32 on.
     """
 
     least_shape = 8, 8 * VIEW_FRAMES
     shown_blocks = tuple(f"branches.{view}.block1" for view in VIEWS)  # the last ones have 5 columns for 4 s
 
-    def __init__(self, n_classes, n_mels, **dropouts):
+    def __init__(self, n_classes, audio, **dropouts):
         super().__init__()
-        # A clip's 43 frames leave 5 columns of 8. A last window of 4 would leave 2 of 16, and not hear the last second.
-        self.branches = nn.ModuleDict({view: AudioCNN(n_classes, n_mels, (2, 2), **dropouts) for view in VIEWS})
+        self.n_mels, self.fine_frames = audio.n_mels, audio.fine_frames
+        self.branches = nn.ModuleDict(
+            {
+                "level": AudioCNN(n_classes, audio, MEAN_POOLS, **dropouts),
+                "change": AudioCNN(n_classes, audio, MEAN_POOLS, **dropouts),
+                "shape": AudioCNN(n_classes, audio.fine, FINE_POOLS, **dropouts),
+            }
+        )
 
     def forward(self, x):
-        """Normalised log-mel (B, 1, n_mels, frames) -> logits (B, n_classes); in training each branch's, (3 B, ...)."""
+        """Normalised features (B, 1, rows, frames) -> logits (B, n_classes); in training each branch's, (3 B, ...)."""
         logits = self.branch_logits(x)  # (3, B, n_classes)
         return logits.flatten(0, 1) if self.training else logits.mean(dim=0)
 
     def branch_logits(self, x):
-        """Normalised log-mel (B, 1, n_mels, frames) -> each branch's logits (3, B, n_classes), as VIEWS names them."""
-        x = avg_pool2d(x, (1, VIEW_FRAMES))  # (B, 1, n_mels, frames / 4)
-        seen = {"level": x, "change": without_mean(x, dim=3), "shape": without_mean(x, dim=2)}
+        """Normalised features (B, 1, rows, frames) -> each branch's logits (3, B, n_classes), as VIEWS names them."""
+        means = avg_pool2d(x[:, :, : self.n_mels], (1, VIEW_FRAMES))  # (B, 1, n_mels, frames / 4)
+        fine = unfold(x[:, :, self.n_mels :], self.fine_frames)  # (B, 1, fine_n_mels, fine_frames x frames)
+        seen = {"level": means, "change": without_mean(means, dim=3), "shape": without_mean(fine, dim=2)}
         return torch.stack([branch(seen[view]) for view, branch in self.branches.items()])
 
 
+def unfold(x, fine_frames):
+    """Return the fine log-mel, (B, 1, bands, fine_frames x frames), from its rows, (B, 1, fine_frames x bands, frames).
+
+    data_loader.py's `clip_features` says how it was folded.
+    """
+    x = x.unflatten(2, (fine_frames, -1))  # (B, 1, fine_frames, bands, frames)
+    return x.permute(0, 1, 3, 4, 2).flatten(3)
+
+
 def without_mean(x, dim):
-    """Return log-mels (B, 1, n_mels, frames) less their mean over `dim`: 3 is over time, 2 over mel bands."""
+    """Return log-mels (B, 1, bands, frames) less their mean over `dim`: 3 is over time, 2 over mel bands."""
     return x - x.mean(dim, keepdim=True)
 
 
@@ -106,9 +128,9 @@ def network_class(name):
     return MODELS[name]
 
 
-def build_model(name, n_classes, n_mels):
-    """Return a new network by its name in config.MODEL. UserError lists the names there are."""
-    return network_class(name)(n_classes, n_mels)
+def build_model(name, n_classes, audio):
+    """Return a new network, by its name in config.MODEL, for features of AudioSettings. UserError lists the names."""
+    return network_class(name)(n_classes, audio)
 
 
 def takes(network, shape):
@@ -184,10 +206,11 @@ def load_model(path, device="cpu"):
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}): train or fetch it again") from error
     audio = check_info(path, info)
-    model = build_model(info["model"], len(info["class_names"]), audio.n_mels)
+    model = build_model(info["model"], len(info["class_names"]), audio)
     check_state(path, state, model.state_dict())
-    if not takes(model, audio.shape):
-        raise UserError(f"{path} has clips of {audio.shape} mel bands and frames, and its network needs more")
+    shape = audio.n_mels, audio.n_frames
+    if not takes(model, shape):
+        raise UserError(f"{path} has clips of {shape} mel bands and frames, and its network needs more")
     model.load_state_dict(state)
     return model.to(device, memory_format=torch.channels_last).eval(), info
 
@@ -225,10 +248,10 @@ def check_info(path, info):
         raise UserError(f"{path} has {len(names)} classes, and its class_ids are not as many numbers: {str(ids)[:300]}")
     for key, least in (("band_mean", -LARGEST_STATISTIC), ("band_deviation", 1e-6)):
         row = info[key]
-        if len(row) != audio.n_mels or not all(
+        if len(row) != audio.shape[0] or not all(
             isinstance(value, (int, float)) and least <= value <= LARGEST_STATISTIC for value in row
         ):
-            raise UserError(f"{path}: {key} is not one finite number for each of {audio.n_mels} mel bands")
+            raise UserError(f"{path}: {key} is not one finite number for each of {audio.shape[0]} rows")
     if fault := calibration.fault(info):
         raise UserError(f"{path}: {fault}")
     return audio

@@ -25,12 +25,12 @@ class Sketch:
         self.strongest = {}  # {place of a class: (probability, first sample, features) of the surest window}
 
     def add(self, start, samples, features, distribution):
-        """Take a window down: its first sample, samples (n,), features (n_mels, n_frames), distribution (classes,)."""
+        """Take a window down: its first sample, samples (n,), features (rows, n_frames), distribution (classes,)."""
         hop = self.audio.hop_length
         known = self.frames - round(start / hop)  # frames that the window before had, too
         new = slice(known, -(-len(samples) // hop))
         padded = np.pad(samples, (0, -len(samples) % hop), mode="edge").reshape(-1, hop)[new]  # (frames, hop)
-        self.log_mels.append(features[:, new].astype(np.float16))
+        self.log_mels.append(features[: self.audio.n_mels, new].astype(np.float16))
         self.extremes.append(np.stack([padded.min(axis=1), padded.max(axis=1)], axis=1))
         self.frames += len(padded)
         for place, probability in enumerate(distribution):
@@ -116,7 +116,7 @@ def draw_explanation(path, name, answer, models, sketch):
         13, 9, f"{plots.label(Path(name).name)}: what '{class_name}' ({probability:.0%}) hangs on"
     )
     plain, marked = figure.subplots(2, 1, sharex=True, sharey=True)
-    draw_log_mel(figure, plain, features.astype(np.float32), audio, times)
+    draw_log_mel(figure, plain, features[: audio.n_mels].astype(np.float32), audio, times)
     plain.set_title("log-mel spectrogram, as the network hears it", fontsize=14)
     extent = (*times, 0, audio.n_mels)
     image = marked.imshow(heat, cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent)

@@ -146,7 +146,7 @@ def check_class_names(processed_dir, info):
 
 @torch.inference_mode()
 def window_logits(models, windows):
-    """Return the logits of windows of sound, (models, B, classes), and their features, (B, n_mels, n_frames).
+    """Return the logits of windows of sound, (models, B, classes), and their features, (B, rows, n_frames).
 
     windows: list of B arrays of mono samples at the models' rate, up to a clip long; models: [(network, info)].
     """
@@ -154,7 +154,7 @@ def window_logits(models, windows):
     features = np.stack([data_loader.clip_features(window, audio) for window in windows])
     logits = []
     for network, info in models:
-        inputs = batches.normalise(torch.from_numpy(features), batches.statistics_of(info))  # (B, 1, n_mels, frames)
+        inputs = batches.normalise(torch.from_numpy(features), batches.statistics_of(info))  # (B, 1, rows, frames)
         logits.append(network(inputs.contiguous(memory_format=torch.channels_last)))  # (B, classes)
     return torch.stack(logits), features
 

@@ -13,6 +13,7 @@ run before anything is written, unless --allow_missing leaves such clips out.
 import argparse
 import contextlib
 import functools
+import math
 import os
 import re
 import shutil
@@ -130,7 +131,7 @@ def extract_features(paths, audio, workers, append):
         if reason:
             unreadable[paths[position].name] = reason
         else:
-            append(clip[None])  # (1, n_mels, n_frames)
+            append(clip[None])  # (1, rows, n_frames)
             kept.append(position)
     return kept, unreadable
 
@@ -150,7 +151,7 @@ def report_left_out(left_out, allow_missing):
 
 
 def check_disk_space(output_dir, n_clips, audio):
-    needed = n_clips * audio.n_mels * audio.n_frames * np.dtype(audio.feature_dtype).itemsize + SPARE_DISK
+    needed = n_clips * math.prod(audio.shape) * np.dtype(audio.feature_dtype).itemsize + SPARE_DISK
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "features.pkl.tmp").unlink(missing_ok=True)  # of a run that was killed
     remedy = "make room, or name another --output_dir"
@@ -205,7 +206,7 @@ def preprocess(clips, data_dir, output_dir, args):
 def print_result(output_dir, clips, audio, left_out, seconds):
     """Print what is in the processed files, and what they took."""
     print_counts(clips)
-    n_bytes = len(clips) * audio.n_mels * audio.n_frames * np.dtype(audio.feature_dtype).itemsize
+    n_bytes = len(clips) * math.prod(audio.shape) * np.dtype(audio.feature_dtype).itemsize
     print(
         f"{len(clips)} clips in {seconds:.1f} s ({len(clips) / seconds:.0f} clips/s)"
         + (f", {len(left_out)} left out" if left_out else "")

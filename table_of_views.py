@@ -28,7 +28,7 @@ CLIPS_AT_ONCE = 64
 
 @torch.inference_mode()
 def branch_logits(network, info, features):
-    """Return the logits of each branch, (3, clips, classes), of features (clips, n_mels, n_frames) in dB."""
+    """Return the logits of each branch, (3, clips, classes), of features (clips, rows, n_frames) in dB."""
     parts = []
     for start in range(0, len(features), CLIPS_AT_ONCE):
         clips = torch.from_numpy(features[start : start + CLIPS_AT_ONCE])

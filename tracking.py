@@ -184,7 +184,7 @@ def pick_mistakes(fold, data, paths):
             "true": classes[true[row]],
             "predicted": classes[predicted[row]],
             "confidence": float(confidence[row]),
-            "spectrogram": data.features[fold.test[row]],  # (n_mels, n_frames) dB
+            "spectrogram": data.features[fold.test[row], : data.audio.n_mels],  # (n_mels, n_frames) dB
         }
         for row in wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES_SHOWN]
     ]

@@ -116,7 +116,7 @@ def training_settings(args, data):
         "data": data.info["fingerprint"],
     }
     network = network_class(settings["model"])
-    shape = data.features.shape[1], batches.crop_length(data.features.shape[2], settings)  # of an example
+    shape = data.audio.n_mels, batches.crop_length(data.audio.n_frames, settings)  # of an example
     if not takes(network, shape):
         raise UserError(
             "{} needs {} mel bands and {} frames, and training examples have {} and {}: raise N_MELS or CROP_FRAMES in "
@@ -161,7 +161,7 @@ def learning_rate_at(step, total_steps, settings):
 def train_step(network, optimizer, inputs, wanted, label_smoothing, precision=config.PRECISION):
     """Adjust the weights to one batch and return its (mean loss, logits), without waiting for the device.
 
-    inputs: (B, 1, n_mels, frames) float32; wanted: (B, classes) soft targets.
+    inputs: (B, 1, rows, frames) float32; wanted: (B, classes) soft targets.
     """
     with utils.autocast(inputs.device, precision):
         logits = network(inputs.contiguous(memory_format=torch.channels_last))  # (B, classes), a set for each branch
@@ -184,7 +184,8 @@ def train_epoch(fold, epoch, settings):
     slices = batches.batch_slices(len(fold.training), settings["batch_size"])
     total_steps = len(slices) * settings["epochs"]
     seed_parts = settings["seed"], fold.number, epoch
-    plan = batches.plan_epoch(fold.training, features.shape[1:], settings, seed_parts, features.device)
+    shape = fold.rows.n_mels, features.shape[2]
+    plan = batches.plan_epoch(fold.training, shape, settings, seed_parts, features.device)
     torch.manual_seed(utils.derive_seed("dropout", *seed_parts))
     network.train()
     losses, correct, rates = [], [], []
@@ -192,7 +193,7 @@ def train_epoch(fold, epoch, settings):
         rates.append(learning_rate_at((epoch - 1) * len(slices) + number, total_steps, settings))
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]
-        examples = batches.training_batch(features, targets, statistics, plan[batch], settings)
+        examples = batches.training_batch(features, fold.rows, targets, statistics, plan[batch], settings)
         inputs, wanted = (tensor.to(fold.device, non_blocking=True) for tensor in examples)
         loss, logits = train_step(network, optimizer, inputs, wanted, settings["label_smoothing"])
         losses.append(loss * len(inputs))
@@ -258,6 +259,7 @@ class Fold:
     validation: np.ndarray
     test: np.ndarray
     tensors: tuple  # features, one-hot targets, band statistics: on one device, see `place_features`
+    rows: batches.Rows  # of the features, on their device
     device: torch.device  # of the network
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -289,7 +291,7 @@ def make_fold(number, data, features, settings, checkpoint_dir, device):
     statistics_there = [torch.from_numpy(row).to(features.device) for row in statistics]
     tensors = features, targets.to(features.device), statistics_there
     torch.manual_seed(utils.derive_seed("weights", settings["seed"], number))
-    network = build_model(settings["model"], len(class_ids), features.shape[1])
+    network = build_model(settings["model"], len(class_ids), data.audio)
     network = network.to(device, memory_format=torch.channels_last)
     info = {
         "model": settings["model"],
@@ -306,7 +308,8 @@ def make_fold(number, data, features, settings, checkpoint_dir, device):
     }
     folder = checkpoint.fold_dir(checkpoint_dir, number)
     optimizer = make_optimizer(network, settings)
-    return Fold(number, training, validation, test, tensors, device, network, optimizer, info, folder)
+    rows = batches.rows_of(data.audio.blocks, features.device)
+    return Fold(number, training, validation, test, tensors, rows, device, network, optimizer, info, folder)
 
 
 def make_optimizer(network, settings):
@@ -459,7 +462,7 @@ def start_again(paths, folds, settings, team):
 def train_folds(folds, data, settings, paths, device, tracker, models, team=processes.ALONE):
     """Train and test the folds that are not done yet, then write the report over all that are."""
     run = checkpoint.Run(paths, settings, folds, team)
-    features = place_features(data.features, device)  # (clips, n_mels, frames)
+    features = place_features(data.features, device)  # (clips, rows, frames)
     team.once(lambda: start_run(run, data, device, models))
     number = None
     try:
@@ -494,7 +497,7 @@ def train_folds(folds, data, settings, paths, device, tracker, models, team=proc
 def start_run(run, data, device, models):
     """Check that there is room, and print what is to be done and what is done already."""
     settings, folds, paths, team = run.state["settings"], run.folds, run.paths, run.team
-    n_parameters = count_parameters(build_model(settings["model"], len(data.class_names), data.features.shape[1]))
+    n_parameters = count_parameters(build_model(settings["model"], len(data.class_names), data.audio))
     checkpoint.check_disk_space(paths.checkpoints, len(folds) - len(run.done), settings["epochs"], n_parameters)
     run.save_state()
     run.write_info(data)

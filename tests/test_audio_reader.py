@@ -82,7 +82,7 @@ def test_very_short_recordings(tmp_path, n, file_rate):
             read_audio(path, RATE)
     else:
         features = data_loader.clip_features(read_audio(path, RATE), AUDIO)
-        assert features.shape == (128, 173) and np.isfinite(features).all()
+        assert features.shape == AUDIO.shape and np.isfinite(features).all()
 
 
 def test_the_loudest_and_the_silent(tmp_path):
@@ -196,7 +196,7 @@ def test_features_of_any_file_are_numbers(tmp_path, form, rate, channels, values
     except UserError as error:
         assert "a.wav" in str(error)
         return
-    assert features.shape == (128, 173) and np.isfinite(features).all()
+    assert features.shape == AUDIO.shape and np.isfinite(features).all()
 
 
 def test_damaged_files_give_numbers_or_a_line(tmp_path):

@@ -21,17 +21,20 @@ ALL = {
 }
 OFF = dict.fromkeys(ALL, 0)
 N_CLIPS, N_MELS, N_FRAMES = 30, 16, 20
+BLOCKS = [N_MELS, 4, 4]  # a log-mel, and two fine frames of each frame
+N_ROWS = sum(BLOCKS)
+ROWS = batches.rows_of(BLOCKS, "cpu")
 SEED_PARTS = (0, 0, 1)
 
 
 @pytest.fixture(scope="module")
 def data():
-    """(features, one-hot targets, band statistics) of 30 random clips of three classes, as tensors."""
+    """(features, their Rows, one-hot targets, band statistics) of 30 random clips of three classes, as tensors."""
     rng = np.random.default_rng(0)
-    features = rng.normal(-40, 12, (N_CLIPS, N_MELS, N_FRAMES)).astype(np.float16)
+    features = rng.normal(-40, 12, (N_CLIPS, N_ROWS, N_FRAMES)).astype(np.float16)
     targets = np.eye(3, dtype=np.float32)[rng.integers(0, 3, N_CLIPS)]
     statistics = batches.band_statistics(features, np.arange(N_CLIPS))
-    return torch.from_numpy(features), torch.from_numpy(targets), [torch.from_numpy(row) for row in statistics]
+    return torch.from_numpy(features), ROWS, torch.from_numpy(targets), [torch.from_numpy(row) for row in statistics]
 
 
 def plan_of(settings, indices=range(N_CLIPS), seed_parts=SEED_PARTS, shape=(N_MELS, N_FRAMES)):
@@ -191,9 +194,9 @@ def test_every_draw_is_in_range_and_the_ends_are_reached(changes, data):
     if not settings["mixup_alpha"]:
         assert (plan.mixup == 1).all()
 
-    features, targets, statistics = data
-    inputs, labels = batches.training_batch(features, targets, statistics, plan_of(settings)[:8], settings)
-    assert inputs.shape == (8, 1, N_MELS, crop)
+    features, _, targets, statistics = data
+    inputs, labels = batches.training_batch(features, ROWS, targets, statistics, plan_of(settings)[:8], settings)
+    assert inputs.shape == (8, 1, N_ROWS, crop)
     assert inputs.isfinite().all()
     torch.testing.assert_close(labels.sum(dim=1), torch.ones(8))
 
@@ -202,27 +205,32 @@ def test_every_draw_is_in_range_and_the_ends_are_reached(changes, data):
 
 
 def slow_batch(data, plan, settings):
-    """What training_batch should give, one clip and one mel band at a time."""
-    features, targets, (mean, deviation) = data[0].numpy(), data[1].numpy(), [row.numpy() for row in data[2]]
+    """What training_batch should give, one clip and one row at a time."""
+    features, targets, (mean, deviation) = data[0].numpy(), data[2].numpy(), [row.numpy() for row in data[3]]
     crop = min(settings["crop_frames"] or N_FRAMES, N_FRAMES)
     clips, labels = [], []
     for place in range(len(plan.index)):
         clip = features[plan.index[place]].astype(np.float32)
         shift, first = int(plan.band_shift[place]), int(plan.first_frame[place])
         points = np.linspace(0, N_MELS - 1, batches.FILTER_POINTS)
-        gain = np.interp(range(N_MELS), points, plan.gains[place].numpy())
         step = float(plan.band_step[place])
-        sources = [max(0, min(N_MELS - 1, round(band * step) + shift)) for band in range(N_MELS)]
         times = [first + round(frame * float(plan.frame_step[place])) for frame in range(crop)]
-        rows = [(clip[source] + gain[band] - mean[source]) / deviation[source] for band, source in enumerate(sources)]
+        rows = []
+        for block, size in enumerate(BLOCKS):
+            width = N_MELS / size  # mel bands of the log-mel in one of the block's
+            for band in range(size):
+                source = max(0, min(size - 1, round(band * step + shift / width))) + sum(BLOCKS[:block])
+                gain = np.interp(band * width, points, plan.gains[place].numpy())
+                rows.append((clip[source] + gain - mean[source]) / deviation[source])
         clips.append(np.stack(rows)[:, times])
         labels.append(targets[plan.index[place]])
+    bands = [int(band * N_MELS / size) for size in BLOCKS for band in range(size)]
     inputs, mixed_labels = [], []
     for place, share in enumerate(plan.mixup.tolist()):
         partner = len(clips) - 1 - place
         mixed = share * clips[place] + (1 - share) * clips[partner]
-        band, frame = int(plan.mask_band[place]), int(plan.mask_frame[place])
-        mixed[band : band + int(plan.mask_bands[place])] = 0
+        low, frame = int(plan.mask_band[place]), int(plan.mask_frame[place])
+        mixed[[low <= band < low + int(plan.mask_bands[place]) for band in bands]] = 0
         mixed[:, frame : frame + int(plan.mask_frames[place])] = 0
         inputs.append(mixed)
         mixed_labels.append(share * labels[place] + (1 - share) * labels[partner])
@@ -239,15 +247,15 @@ def test_each_augmentation_equals_the_slow_version(name, data):
         expected_inputs, expected_labels = slow_batch(data, plan[batch], settings)
         np.testing.assert_allclose(inputs.numpy(), expected_inputs, atol=1e-5)
         np.testing.assert_allclose(labels.numpy(), expected_labels, atol=1e-6)
-        whole = batches.normalise(data[0][plan[batch].index], data[2])
+        whole = batches.normalise(data[0][plan[batch].index], data[3])
         changed |= inputs.shape != whole.shape or not torch.equal(inputs, whole)
     assert changed
 
 
 def test_without_augmentation_training_sees_what_testing_sees(data):
-    features, targets, statistics = data
+    features, _, targets, statistics = data
     plan = plan_of(OFF)
-    inputs, labels = batches.training_batch(features, targets, statistics, plan, OFF)
+    inputs, labels = batches.training_batch(features, ROWS, targets, statistics, plan, OFF)
     assert torch.equal(inputs, batches.normalise(features[plan.index], statistics))
     assert torch.equal(labels, targets[plan.index])
 
@@ -257,30 +265,36 @@ def test_gain_moves_all_bands_alike_and_a_filter_does_not(data):
         settings = {**OFF, name: 6.0}
         plan = plan_of(settings)
         inputs, _ = batches.training_batch(*data, plan, settings)
-        moved = (inputs - batches.normalise(data[0][plan.index], data[2]))[:, 0] * data[2][1][:, None]  # dB
+        moved = (inputs - batches.normalise(data[0][plan.index], data[3]))[:, 0] * data[3][1][:, None]  # dB
         assert moved.abs().max() <= 6 + 1e-3
         assert (moved.std(dim=2).max() < 1e-3).item()  # the same in all frames
         assert (moved.mean(dim=2).std(dim=1).max() < 1e-3).item() == alike
+        for block in BLOCKS[1:]:  # a fine band that begins where a band does moves as that does
+            torch.testing.assert_close(
+                moved[:, N_MELS : N_MELS + block], moved[:, : N_MELS : N_MELS // block], atol=1e-3, rtol=0
+            )
 
 
 def test_masks_hide_whole_bands_and_frames_and_nothing_else(data):
     settings = {**OFF, "mask_bands": 4, "mask_frames": 6}
     plan = plan_of(settings)
     inputs, _ = batches.training_batch(*data, plan, settings)
-    whole = batches.normalise(data[0][plan.index], data[2])
+    whole = batches.normalise(data[0][plan.index], data[3])
     for place, (masked, clip) in enumerate(zip(inputs[:, 0], whole[:, 0], strict=True)):
         hidden = (masked == 0) & (clip != 0)
         assert torch.equal(masked[~hidden], clip[~hidden])
         whole_bands, whole_frames = hidden.all(dim=1), hidden.all(dim=0)
         assert torch.equal(hidden, whole_bands[:, None] | whole_frames)
-        assert (whole_bands.sum(), whole_frames.sum()) == (plan.mask_bands[place], plan.mask_frames[place])
+        assert (whole_bands[:N_MELS].sum(), whole_frames.sum()) == (plan.mask_bands[place], plan.mask_frames[place])
+        for fine in whole_bands[N_MELS:].split(BLOCKS[1:]):
+            assert torch.equal(fine, whole_bands[: N_MELS : N_MELS // len(fine)])
 
 
 def test_mixup_mixes_sound_and_label_in_the_same_share(data):
-    features, targets, statistics = data
+    features, _, targets, statistics = data
     settings = {**OFF, "mixup_alpha": 1.0}
     plan = plan_of(settings)[:8]
-    inputs, labels = batches.training_batch(features, targets, statistics, plan, settings)
+    inputs, labels = batches.training_batch(features, ROWS, targets, statistics, plan, settings)
     clips = batches.normalise(features[plan.index], statistics)
     for place, share in enumerate(plan.mixup.tolist()):
         own, partner = plan.index[place], plan.index[7 - place]

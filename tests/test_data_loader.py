@@ -25,9 +25,9 @@ AUDIO = AudioSettings()
 RATE = AUDIO.sample_rate
 OTHER_SETTINGS = [
     AUDIO,
-    AudioSettings(16_000, 1.0, 512, 160, 40, 50.0, 7000.0, 60.0),
-    AudioSettings(44_100, 2.5, 1024, 441, 64, 20.0, 16_000.0, 100.0),
-    AudioSettings(8_000, 0.5, 330, 100, 13, 0.0, 4000.0, 80.0),  # no power of two
+    AudioSettings(16_000, 1.0, 512, 160, 40, 2, 256, 20, 50.0, 7000.0, 60.0),
+    AudioSettings(44_100, 2.5, 1024, 441, 64, 3, 512, 32, 20.0, 16_000.0, 100.0),
+    AudioSettings(8_000, 0.5, 330, 100, 13, 1, 90, 7, 0.0, 4000.0, 80.0),  # no power of two
 ]
 
 
@@ -123,9 +123,34 @@ def test_features_do_not_hang_on_the_number_of_threads(kernels):
 
 
 def test_shapes_of_the_defaults():
-    assert (AUDIO.clip_samples, AUDIO.n_frames, AUDIO.shape) == (88_200, 173, (128, 173))
+    assert (AUDIO.clip_samples, AUDIO.n_frames, AUDIO.shape) == (88_200, 173, (192, 173))
     features = data_loader.clip_features(sounds(20_000, RATE)["noise"], AUDIO)
-    assert (features.shape, features.dtype) == ((128, 173), np.float16)
+    assert (features.shape, features.dtype) == ((192, 173), np.float16)
+
+
+@pytest.mark.parametrize(
+    "fine_frames, hop_length, n", [(2, 512, 88_200), (4, 512, 88_575), (1, 500, 88_000), (3, 300, 700)]
+)
+def test_rows_are_the_log_mel_and_the_bands_of_each_fine_frame(fine_frames, hop_length, n):
+    audio = dataclasses.replace(AUDIO, fine_frames=fine_frames, hop_length=hop_length, clip_seconds=n / RATE)
+    samples = sounds(n, RATE)["noise"]
+    features = data_loader.clip_features(samples, dataclasses.replace(audio, feature_dtype="float32"))
+    assert features.shape == audio.shape == (128 + 32 * fine_frames, 1 + n // hop_length)
+    assert np.array_equal(features[:128], data_loader.log_mel(samples, audio))
+    silence = np.pad(samples, (0, hop_length))  # after the clip's end
+    fine = data_loader.log_mel(silence, dataclasses.replace(audio.fine, hop_length=hop_length // fine_frames))
+    for frame in range(audio.n_frames):
+        for part in range(fine_frames):
+            rows = slice(128 + 32 * part, 128 + 32 * (part + 1))
+            assert np.allclose(features[rows, frame], fine[:, frame * fine_frames + part], atol=1e-4)
+
+
+def test_fine_frames_tell_clicks_apart_that_frames_do_not():
+    samples = np.zeros(AUDIO.clip_samples, np.float32)
+    samples[::512] = 1.0  # 43 a second
+    features = data_loader.clip_features(samples, AUDIO)[:, 20:-20].astype(np.float32)
+    ripple = {"log-mel": features[:128].std(axis=1).max(), "fine": np.abs(features[128:160] - features[160:]).min()}
+    assert ripple["log-mel"] < 0.1 and ripple["fine"] > 20  # dB
 
 
 def test_short_clips_are_repeated_or_padded():
@@ -163,7 +188,13 @@ def test_settings_that_make_no_sense_are_named(name, value):
 
 def test_settings_that_make_sense_one_by_one_and_not_together():
     with pytest.raises(UserError, match="frames of 32768 samples"):
-        AudioSettings(sample_rate=768_000, clip_seconds=600, n_fft=32_768, hop_length=1)
+        AudioSettings(sample_rate=768_000, clip_seconds=600, n_fft=32_768, hop_length=2)
+    with pytest.raises(UserError, match="frames of 32768 samples"):
+        AudioSettings(sample_rate=768_000, clip_seconds=30, fine_n_fft=32_768, fine_frames=64, hop_length=512)
+    with pytest.raises(UserError, match="hop_length is 512: it must be a multiple of fine_frames, 3"):
+        AudioSettings(fine_frames=3)
+    with pytest.raises(UserError, match="fine_n_fft is 511: it must be even"):
+        AudioSettings(fine_n_fft=511)
 
 
 # --- The data set's table ----------------------------------------------------------------------------------------
@@ -267,7 +298,7 @@ def test_table_that_is_not_there(tmp_path):
 
 # --- Processed files ---------------------------------------------------------------------------------------------
 
-SMALL = AudioSettings(8000, 0.2, 256, 128, 16, 0.0, 4000.0)
+SMALL = AudioSettings(8000, 0.2, 256, 128, 16, 2, 64, 8, 0.0, 4000.0)
 
 
 def make(folder, left_out=()):

@@ -10,7 +10,11 @@ from untrained import write_model
 
 import explain
 import model
+from audio_settings import AudioSettings
+from batches import rows_of
 from model import AudioCNN
+
+SMALL = AudioSettings(n_mels=16, fine_n_mels=4)
 
 
 class Corner(nn.Module):
@@ -20,6 +24,7 @@ class Corner(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.n_mels = 24
         self.maps = nn.Conv2d(1, 1, 1, bias=False)
         self.maps.weight.data.fill_(1.0)
 
@@ -30,7 +35,7 @@ class Corner(nn.Module):
 
 def test_map_is_the_formula_of_the_papers():
     torch.manual_seed(0)
-    network = AudioCNN(3, 16).eval()
+    network = AudioCNN(3, SMALL).eval()
     inputs = torch.randn(2, 1, 16, 40)
     targets = torch.tensor([2, 0])
     heat = explain.grad_cam(network, inputs.clone(), targets)
@@ -45,7 +50,7 @@ def test_map_is_the_formula_of_the_papers():
 
 
 def test_map_leaves_the_network_as_it_was():
-    network = AudioCNN(3, 16).eval()
+    network = AudioCNN(3, SMALL).eval()
     with torch.inference_mode():
         before = network(torch.ones(1, 1, 16, 40))
     explain.grad_cam(network, torch.ones(1, 1, 16, 40), torch.tensor([1]))
@@ -67,7 +72,7 @@ def test_masks_have_the_share_they_should():
 def test_masking_what_counts_lowers_the_confidence_more():
     inputs = torch.zeros(20, 1, 24, 24)
     inputs[:, :, :8, :8] = 3 + torch.rand(20, 1, 8, 8)
-    falls = explain.deletion_falls(Corner().eval(), inputs)
+    falls = explain.deletion_falls(Corner().eval(), rows_of([24], "cpu"), inputs)
     top, others = falls["the highest tenth"], [fall for what, fall in falls.items() if what != "the highest tenth"]
     assert len(others) == 2
     for fall in others:
@@ -76,12 +81,13 @@ def test_masking_what_counts_lowers_the_confidence_more():
 
 @pytest.mark.parametrize("name", model.MODELS)
 def test_every_network_shows_blocks_that_tell_half_seconds_apart(name):
-    network = model.build_model(name, 10, 128).eval()
+    audio = AudioSettings()
+    network = model.build_model(name, 10, audio).eval()
     columns = []
     for block in network.shown_blocks:
         network.get_submodule(block).register_forward_hook(lambda _, __, maps: columns.append(maps.shape[3]))
     with torch.inference_mode():
-        network(torch.zeros(1, 1, 128, 173))  # 4 s
+        network(torch.zeros(1, 1, *audio.shape))  # 4 s
     assert len(columns) == len(network.shown_blocks) and min(columns) >= 8
 
 
@@ -109,6 +115,6 @@ def test_command_line(random_data, scripts, tmp_path):
 def test_result_does_not_depend_on_anything_but_the_seed(seed):
     inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 1, 16, 40)).astype(np.float32))
     torch.manual_seed(seed)
-    network = AudioCNN(3, 16).eval()
-    first, second = (explain.deletion_falls(network, inputs.clone(), seed) for _ in range(2))
+    network = AudioCNN(3, SMALL).eval()
+    first, second = (explain.deletion_falls(network, rows_of([16], "cpu"), inputs.clone(), seed) for _ in range(2))
     assert all(torch.equal(first[what], second[what]) for what in first)

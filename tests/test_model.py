@@ -4,17 +4,21 @@ import dataclasses
 import json
 import struct
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import data_loader
 import model
 from audio_settings import AudioSettings
 from utils import UserError
 
-N_MELS = 8  # of the small network that the model files hold
+DEFAULT = AudioSettings()
+SMALL = AudioSettings(n_mels=8, fine_n_mels=4)  # of the small network that the model files hold
+ROWS = SMALL.shape[0]
 
 
 # --- The network -------------------------------------------------------------------------------------------------
@@ -38,7 +42,7 @@ def plain_audio_cnn(state, x, training):
 def network():
     """An AudioCNN without dropout, whose norms have seen some data."""
     torch.manual_seed(0)
-    network = model.AudioCNN(10, 128, block_dropout=0, head_dropout=0)
+    network = model.AudioCNN(10, DEFAULT, block_dropout=0, head_dropout=0)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             if "running" in name or name.endswith(".1.weight"):
@@ -51,7 +55,7 @@ def plain_state(network):
 
 
 def test_parameters():
-    network = model.build_model("AudioCNN", 10, 128)
+    network = model.build_model("AudioCNN", 10, DEFAULT)
     assert model.count_parameters(network) == 250_250
     assert network.hidden.in_features == 64 * 16
 
@@ -68,12 +72,20 @@ def test_each_view_forgets_what_it_should():
     assert torch.equal(model.without_mean(torch.full_like(x, 7.0), 3), torch.zeros_like(x))
 
 
+def test_fine_rows_unfold_into_the_log_mel_they_came_from():
+    audio = AudioSettings(fine_frames=4, feature_dtype="float32")
+    samples = np.random.default_rng(0).normal(0, 0.1, audio.clip_samples).astype(np.float32)
+    features = torch.from_numpy(data_loader.clip_features(samples, audio))
+    fine = model.unfold(features[None, None, audio.n_mels :], audio.fine_frames)
+    assert np.array_equal(fine[0, 0], data_loader.fine_log_mel(samples, audio))
+
+
 def test_views_answer_with_the_mean_of_their_branches():
     torch.manual_seed(0)
-    views = model.build_model("AudioViews", 10, 128).eval()
-    assert model.count_parameters(views) == 3 * 250_250
-    x = torch.randn(2, 1, 128, 100)
-    for other in (x + torch.randn(2, 1, 128, 1), x + torch.randn(2, 1, 1, 100), 2 * x):
+    views = model.build_model("AudioViews", 10, DEFAULT).eval()
+    assert model.count_parameters(views) == 685_214
+    x = torch.randn(2, 1, 192, 100)
+    for other in (x + torch.randn(2, 1, 192, 1), x + torch.randn(2, 1, 1, 100), 2 * x):
         assert not torch.allclose(views(x), views(other), atol=1e-4)  # no change is hidden from all of them
     for clip, logits in zip(x, views(x), strict=True):
         torch.testing.assert_close(views(clip[None])[0], logits, rtol=1e-4, atol=1e-5)
@@ -82,8 +94,8 @@ def test_views_answer_with_the_mean_of_their_branches():
 @pytest.mark.parametrize("name", model.MODELS)
 def test_no_part_of_a_clip_goes_unheard(name):
     torch.manual_seed(0)
-    x = torch.randn(4, 1, 128, 173, requires_grad=True)
-    model.build_model(name, 10, 128).eval()(x).square().sum().backward()
+    x = torch.randn(4, 1, *DEFAULT.shape, requires_grad=True)
+    model.build_model(name, 10, DEFAULT).eval()(x).square().sum().backward()
     weight = x.grad.square().mean(dim=(0, 1, 2)).sqrt()  # (frames,); in the mean over time each frame has a little
     assert (weight[:165] > weight.median() / 5).all()  # pooling leaves out less than 0.2 s
 
@@ -133,7 +145,7 @@ def test_clips_of_a_batch_do_not_meet_in_evaluation(network):
 
 def test_unknown_network_names_the_known_ones():
     with pytest.raises(UserError, match=r"no model 'AudioCMM' in model.py: MODEL in config.py is one of AudioCNN"):
-        model.build_model("AudioCMM", 10, 128)
+        model.build_model("AudioCMM", 10, DEFAULT)
 
 
 # --- Model files -------------------------------------------------------------------------------------------------
@@ -142,9 +154,9 @@ INFO = {
     "model": "AudioCNN",
     "class_names": ["dog_bark", "siren"],
     "class_ids": [3, 8],
-    "audio": dataclasses.asdict(AudioSettings(n_mels=N_MELS)),
-    "band_mean": [-40.5] * N_MELS,
-    "band_deviation": [12.25] * N_MELS,
+    "audio": dataclasses.asdict(SMALL),
+    "band_mean": [-40.5] * ROWS,
+    "band_deviation": [12.25] * ROWS,
     "fold": 2,
     "scores": {"test_accuracy": 0.5},
     "temperature": 1.25,
@@ -155,7 +167,7 @@ INFO = {
 @pytest.fixture(scope="module")
 def state():
     torch.manual_seed(0)
-    return model.build_model("AudioCNN", 2, N_MELS).state_dict()
+    return model.build_model("AudioCNN", 2, SMALL).state_dict()
 
 
 @pytest.fixture
@@ -242,14 +254,14 @@ AUDIO = INFO["audio"]
         ({"class_names": [str(n) for n in range(1001)]}, "has 1001 classes: a model has 1 to 1000"),
         ({"class_ids": [1, 1]}, "class_ids are not as many numbers"),
         ({"class_ids": [1, "2"]}, "class_ids are not as many numbers"),
-        ({"band_mean": [1.0]}, "band_mean is not one finite number for each of 8 mel bands"),
-        ({"band_mean": [float("nan")] * N_MELS}, "band_mean is not one finite number"),
-        ({"band_mean": [10**400] * N_MELS}, "band_mean is not one finite number"),
-        ({"band_deviation": [0.0] * N_MELS}, "band_deviation is not one finite number"),
-        ({"band_deviation": ["1"] * N_MELS}, "band_deviation is not one finite number"),
+        ({"band_mean": [1.0]}, "band_mean is not one finite number for each of 16 rows"),
+        ({"band_mean": [float("nan")] * ROWS}, "band_mean is not one finite number"),
+        ({"band_mean": [10**400] * ROWS}, "band_mean is not one finite number"),
+        ({"band_deviation": [0.0] * ROWS}, "band_deviation is not one finite number"),
+        ({"band_deviation": ["1"] * ROWS}, "band_deviation is not one finite number"),
         ({"audio": without(AUDIO, "top_db")}, "lacks the audio settings top_db"),
         ({"audio": {**AUDIO, "window": "hann"}}, "audio settings that can't be"),
-        ({"audio": {**AUDIO, "n_mels": 128}}, "band_mean is not one finite number for each of 128 mel bands"),
+        ({"audio": {**AUDIO, "n_mels": 128}}, "band_mean is not one finite number for each of 136 rows"),
         ({"audio": {**AUDIO, "n_fft": 10**12}}, "audio settings that can't be: the audio setting n_fft"),
         ({"audio": {**AUDIO, "hop_length": 0}}, "audio settings that can't be: the audio setting hop_length"),
         ({"audio": {**AUDIO, "sample_rate": "22050"}}, "audio settings that can't be: the audio setting sample_rate"),
@@ -270,8 +282,10 @@ def test_metadata_that_can_not_be_is_named(change, named, path, state):
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_fewer_mel_bands_than_the_pooling_takes(path):
-    few = {**INFO, "audio": {**AUDIO, "n_mels": 4}, "band_mean": [0.0] * 4, "band_deviation": [1.0] * 4}
-    model.save_model(path, model.build_model("AudioCNN", 2, 4).state_dict(), few)
+    audio = dataclasses.replace(SMALL, n_mels=4)
+    few = {"band_mean": [0.0] * audio.shape[0], "band_deviation": [1.0] * audio.shape[0]}
+    info = {**INFO, "audio": dataclasses.asdict(audio), **few}
+    model.save_model(path, model.build_model("AudioCNN", 2, audio).state_dict(), info)
     assert "(4, 173) mel bands and frames, and its network needs more" in refusal(path)
 
 
@@ -351,7 +365,7 @@ def loads_or_is_refused(path):
         return
     audio = AudioSettings(**info["audio"])
     with torch.inference_mode():
-        logits = network(torch.zeros(1, 1, audio.n_mels, min(audio.n_frames, 100)))
+        logits = network(torch.zeros(1, 1, audio.shape[0], min(audio.n_frames, 100)))
     assert logits.shape == (1, len(info["class_names"]))
 
 

@@ -116,7 +116,7 @@ def test_files_fit_the_metadata(miniature, processed):
     folder, printed = processed
     rows = rows_of(miniature)
     data = data_loader.load_processed(folder)
-    assert (data.features.shape, data.features.dtype) == ((60, 128, 173), np.float16)
+    assert (data.features.shape, data.features.dtype) == ((60, 192, 173), np.float16)
     assert data.labels.tolist() == [int(row["classID"]) for row in rows]
     assert data.folds.tolist() == [int(row["fold"]) for row in rows]
     assert [clip["slice_file_name"] for clip in data.clips] == [row["slice_file_name"] for row in rows]
@@ -141,7 +141,10 @@ def test_features_are_librosas(miniature, processed):
         )  # else it appends a zero sample
         samples = np.tile(samples, -(-88_200 // len(samples)))[:88_200]
         power = librosa.feature.melspectrogram(y=samples, sr=22_050)
-        expected = librosa.power_to_db(power)
+        longer = np.pad(samples, (0, 346 * 256 - 88_200 - 256))  # for two fine frames to each frame
+        fine = librosa.feature.melspectrogram(y=longer, sr=22_050, n_fft=512, hop_length=256, n_mels=32)
+        fine = librosa.power_to_db(fine)
+        expected = np.concatenate([librosa.power_to_db(power), fine[:, ::2], fine[:, 1::2]])
         rounding = np.spacing(np.abs(expected).astype(np.float16)).astype(np.float32) / 2
         assert (np.abs(ours - expected) <= 0.01 + rounding).all(), row["slice_file_name"]
 
@@ -267,7 +270,7 @@ def test_changed_audio_settings_are_noticed(dataset, tmp_path, preprocess):
     assert "hop_length is 512 there and 1024 in config.py" in line and "--overwrite" in line
     done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert utils.load_pickle(tmp_path / "processed" / "features.pkl").shape == (2, 128, 87)
+    assert utils.load_pickle(tmp_path / "processed" / "features.pkl").shape == (2, 192, 87)
 
 
 # --- Clips that can't be used ------------------------------------------------------------------------------------
@@ -319,7 +322,7 @@ def test_joined_parts_are_the_files_of_one_run(miniature, processed, dataset, pr
     assert "Nothing to do" in preprocess(miniature, "--shard", "2/3").stdout
     done = preprocess(miniature, "--join")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^60 clips in .*features \(60, 128, 173\) float16", done.stdout, re.M)
+    assert re.search(r"^60 clips in .*features \(60, 192, 173\) float16", done.stdout, re.M)
     assert contents(tmp_path / "processed") == contents(processed[0])
     assert "Nothing to do" in preprocess(miniature).stdout
 

@@ -31,7 +31,7 @@ def processed(tmp_path_factory):
         }
         for index in range(40)
     ]
-    shapes = [(40, 1, 1), (40, 128, 1), (40, 1, 173), (40, 128, 173)]
+    shapes = [(40, 1, 1), (40, 192, 1), (40, 1, 173), (40, 192, 173)]
     features = sum(rng.normal(-10, 10, shape) for shape in shapes).astype("float16")
     data_loader.save_processed(folder, features, clips, audio, "random")
     return folder
@@ -53,8 +53,9 @@ def test_each_row_is_the_accuracy_of_its_branches(processed, scripts, run_script
         right = []
         for clip in np.flatnonzero(data.folds == fold + 1):
             x = batches.normalise(torch.from_numpy(data.features[clip][None]), batches.statistics_of(info))
-            level = x[..., :172].unflatten(3, (43, 4)).mean(dim=4)
-            seen = level, model.without_mean(level, 3), model.without_mean(level, 2)
+            level = x[:, :, :128, :172].unflatten(3, (43, 4)).mean(dim=4)
+            fine = torch.stack([x[:, :, 128:160], x[:, :, 160:]], dim=4).flatten(3)
+            seen = level, model.without_mean(level, 3), model.without_mean(fine, 2)
             with torch.inference_mode():
                 logits = [branch(view)[0] for branch, view in zip(network.branches.values(), seen, strict=True)]
                 assert network(x).argmax() == sum(logits).argmax()
@@ -83,7 +84,7 @@ def test_what_has_no_views_is_named(processed, run_script, tmp_path):
     done = run_script("table_of_views.py", tmp_path, "--processed_dir", processed)
     assert done.returncode == 2 and "no clips of fold 7" in done.stderr
     info = model.load_model(model.model_path(tmp_path / "models", 7))[1] | {"fold": "7"}  # a stranger's
-    state = model.build_model("AudioViews", len(info["class_names"]), data_loader.AudioSettings().n_mels).state_dict()
+    state = model.build_model("AudioViews", len(info["class_names"]), data_loader.AudioSettings()).state_dict()
     model.save_model(model.model_path(tmp_path / "models", 7), state, info)
     done = run_script("table_of_views.py", tmp_path, "--processed_dir", processed)
     assert done.returncode == 2 and "does not say which fold it tests" in done.stderr

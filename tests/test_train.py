@@ -197,7 +197,7 @@ def test_every_epoch_and_every_fold_draws_anew(run_train, tmp_path):
 
 
 def test_weight_decay_is_for_matrices_and_kernels():
-    network = model.build_model("AudioCNN", 10, 128)
+    network = model.build_model("AudioCNN", 10, data_loader.AudioSettings())
     groups = train.make_optimizer(network, {"weight_decay": 0.3, "learning_rate": 1e-3}).param_groups
     decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
     for name, parameter in network.named_parameters():
@@ -593,11 +593,13 @@ def test_network_that_ends_in_no_numbers_is_not_reported(run_train, tmp_path):
 
 def test_three_branches_learn_each_from_its_own_loss():
     torch.manual_seed(0)
-    views = model.AudioViews(3, 16, block_dropout=0.0, head_dropout=0.0).to(memory_format=torch.channels_last)
+    audio = data_loader.AudioSettings(n_mels=16, fine_n_mels=4)
+    views = model.AudioViews(3, audio, block_dropout=0.0, head_dropout=0.0).to(memory_format=torch.channels_last)
     alone = [copy.deepcopy(branch) for branch in views.branches.values()]
-    inputs, wanted = torch.randn(8, 1, 16, 80), torch.eye(3)[torch.arange(8) % 3]
-    level = inputs.unflatten(3, (20, 4)).mean(dim=4)
-    seen = level, model.without_mean(level, dim=3), model.without_mean(level, dim=2)
+    inputs, wanted = torch.randn(8, 1, 24, 80), torch.eye(3)[torch.arange(8) % 3]
+    level = inputs[:, :, :16].unflatten(3, (20, 4)).mean(dim=4)
+    fine = torch.stack([inputs[:, :, 16:20], inputs[:, :, 20:]], dim=4).flatten(3)  # (8, 1, 4, 160)
+    seen = level, model.without_mean(level, dim=3), model.without_mean(fine, dim=2)
     settings = {"weight_decay": 0.0, "learning_rate": 1e-3}
     _, logits = train.train_step(views, train.make_optimizer(views, settings), inputs, wanted, 0.1, "float32")
     each = [
