@@ -24,9 +24,8 @@ CLIP_SECONDS = 4.0  # s; the longest clip of UrbanSound8K, and the length of one
 N_FFT = 2048  # samples in one FFT frame (93 ms)
 HOP_LENGTH = 512  # samples from one frame to the next (23 ms)
 N_MELS = 128  # mel bands (Slaney's scale and area norm, as librosa's default)
-FINE_FRAMES = (
-    2  # of a second log-mel, from one frame to the next; its short FFT frames tell more in time, less in pitch
-)
+# A second log-mel, below the first: its short FFT frames tell moments apart, and pitches less. AudioViews sees both.
+FINE_FRAMES = 2  # of it, for each frame of the first
 FINE_N_FFT = 512  # samples in one of its FFT frames (23 ms)
 FINE_N_MELS = 32  # its mel bands
 F_MIN = 0.0  # Hz; lower edge of the lowest mel band
