@@ -176,7 +176,7 @@ class Recorder(torch.nn.Module):
 
 def test_features_are_those_of_training_bit_for_bit(assets, miniature, loaded):
     _, info = loaded
-    info = {**info, "band_mean": [0.0] * 128, "band_deviation": [1.0] * 128}
+    info = {**info, "band_mean": [0.0] * 192, "band_deviation": [1.0] * 192}
     data = data_loader.load_processed(assets / "data")
     recorder = Recorder()
     rates = set()
