@@ -153,7 +153,7 @@ def benchmark_overhead(folder, n_clips=EPOCH_CLIPS):
     features = torch.from_numpy(data.features)
     fold = train.make_fold(0, data, features, settings, paths.checkpoints, features.device)
     frames = batches.crop_length(AUDIO.n_frames, settings)
-    inputs, wanted = random_examples(config.BATCH_SIZE, frames)
+    inputs, wanted = random_examples(config.BATCH_SIZE, frames, AUDIO.shape[0])
     slices = batches.batch_slices(len(fold.training), config.BATCH_SIZE)
 
     def steps():

@@ -88,11 +88,11 @@ def new_networks(**options):
     return plain, ours.to(memory_format=torch.channels_last)
 
 
-def random_examples(n_clips, n_frames=AUDIO.n_frames):
-    """Return (features (clips, 1, n_mels, frames), targets): noise, with a level that depends on the class."""
+def random_examples(n_clips, n_frames=AUDIO.n_frames, n_rows=AUDIO.n_mels):
+    """Return (features (clips, 1, rows, frames), targets): noise, with a level that depends on the class."""
     generator = torch.Generator().manual_seed(0)
     classes = torch.randint(0, 10, (n_clips,), generator=generator)
-    features = torch.randn(n_clips, 1, AUDIO.n_mels, n_frames, generator=generator) + classes[:, None, None, None] / 10
+    features = torch.randn(n_clips, 1, n_rows, n_frames, generator=generator) + classes[:, None, None, None] / 10
     return features, torch.eye(10)[classes]
 
 
