@@ -93,7 +93,6 @@ class AudioSettings:
     @functools.cached_property
     def fine(self):
         """The settings of the fine log-mel by itself."""
-        return dataclasses.replace(
-            self, n_fft=self.fine_n_fft, hop_length=self.hop_length // self.fine_frames, n_mels=self.fine_n_mels,
-            fine_frames=1,
-        )  # fmt: skip
+        hop_length = self.hop_length // self.fine_frames
+        changes = {"n_fft": self.fine_n_fft, "hop_length": hop_length, "n_mels": self.fine_n_mels, "fine_frames": 1}
+        return dataclasses.replace(self, **changes)
