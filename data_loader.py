@@ -26,7 +26,7 @@ import utils
 from audio_settings import AudioSettings
 from utils import UserError
 
-GROUP_BANDS = 16  # mel bands of one matrix product
+GROUP_BANDS = 8  # mel bands of one matrix product
 # Multiplications in one such product. OpenBLAS shares those of over 2**18 among its threads, and where it cuts them
 # decides the last bit: training and prediction would differ by the threads that each has.
 PRODUCT_SIZE = 2**17
