@@ -289,6 +289,20 @@ def test_fewer_mel_bands_than_the_pooling_takes(path):
     assert "(4, 173) mel bands and frames, and its network needs more" in refusal(path)
 
 
+@pytest.mark.parametrize(("fine_frames", "fine_n_mels", "frames"), [(1, 4, 32), (64, 4, 32), (2, 130, 40)])
+def test_least_and_unusual_fine_log_mels_compute(fine_frames, fine_n_mels, frames, tmp_path):
+    seconds = (frames - 1) * SMALL.hop_length / SMALL.sample_rate
+    audio = dataclasses.replace(SMALL, fine_frames=fine_frames, fine_n_mels=fine_n_mels, clip_seconds=seconds)
+    statistics = {"band_mean": [0.0] * audio.shape[0], "band_deviation": [1.0] * audio.shape[0]}
+    info = {**INFO, "model": "AudioViews", "audio": dataclasses.asdict(audio), **statistics}
+    path = tmp_path / "views.safetensors"
+    model.save_model(path, model.build_model("AudioViews", 2, audio).state_dict(), info)
+    network, _ = model.load_model(path)
+    assert network(torch.randn(3, 1, *audio.shape)).shape == (3, 2) and audio.n_frames == frames
+    model.save_model(path, network.state_dict(), {**info, "audio": {**info["audio"], "clip_seconds": seconds / 2}})
+    assert "its network needs more" in refusal(path)
+
+
 @pytest.mark.parametrize("key", model.INFO_KINDS)
 def test_metadata_that_lacks_something(key, path, state):
     model.save_model(path, state, without(INFO, key))
