@@ -48,6 +48,8 @@ def test_the_projects_own_config_passes(run_script):
         ("BLOCK_DROPOUT = 0.1", "BLOCK_DROPOUT = 1.0", "just under 1"),
         ("HF_PRIVATE = True", 'HF_PRIVATE = "no"', "one of True, False"),
         ("N_MELS = 128", "N_MELS = 100", "a multiple of 8"),
+        ("FINE_FRAMES = 2", "FINE_FRAMES = 3", "a divisor of HOP_LENGTH"),
+        ("FINE_N_MELS = 32", "FINE_N_MELS = 2", "a multiple of 4"),
         ("F_MIN = 0.0", "F_MIN = 20_000.0", "F_MIN = 20000.0"),
         ("CROP_FRAMES = 96", "CROP_FRAMES = 7", "at least 16 frames"),
         ("VALIDATION = ", 'VALIDATION = "next" or ', "'next_fold'"),
