@@ -85,19 +85,17 @@ class Rows(typing.NamedTuple):
     n_mels: int  # of the log-mel
     first: torch.Tensor  # row of its block: of the log-mel, or of one fine frame
     last: torch.Tensor  # row of its block
-    bands: torch.Tensor  # mel bands of the log-mel that it is as wide as: 1, or 4 of 128 where 32 fine ones are
-
-    @property
-    def band(self):
-        """The mel band of the log-mel at which each row begins."""
-        return (torch.arange(len(self.first), device=self.first.device) - self.first) * self.bands
+    width: torch.Tensor  # in mel bands of the log-mel: 1, or 4 of 128 where 32 fine ones are
+    band: torch.Tensor  # mel band of the log-mel at which it begins
 
 
 def rows_of(blocks, device):
     """Return the Rows of features with these blocks (AudioSettings.blocks), on the device."""
-    size = torch.tensor(blocks, device=device).repeat_interleave(torch.tensor(blocks, device=device))  # (rows,)
-    first = torch.cat([torch.full((n,), sum(blocks[:k]), device=device) for k, n in enumerate(blocks)])
-    return Rows(blocks[0], first, first + size - 1, blocks[0] / size)
+    size = torch.cat([torch.full((bands,), bands) for bands in blocks])  # (rows,)
+    place = torch.cat([torch.arange(bands) for bands in blocks])  # in the block
+    first = torch.arange(len(size)) - place
+    width = blocks[0] / size
+    return Rows(blocks[0], *(row.to(device) for row in (first, first + size - 1, width, place * width)))
 
 
 @dataclasses.dataclass
@@ -166,15 +164,14 @@ def training_batch(features, rows, targets, statistics, plan, settings):
     the batch.
     """
     mean, deviation = statistics
-    bands = rows.band  # (rows,)
     frames = torch.arange(crop_length(features.shape[2], settings), device=features.device)  # (crop,)
     # Shift, stretch and crop in one read of the features; the edge band fills what they leave empty.
-    source = (bands * plan.band_step[:, None] + plan.band_shift[:, None]) / rows.bands  # (B, rows)
+    source = (rows.band * plan.band_step[:, None] + plan.band_shift[:, None]) / rows.width  # (B, rows)
     source = (rows.first + source.round().long()).clamp(rows.first, rows.last)
     times = plan.first_frame[:, None] + (frames * plan.frame_step[:, None]).round().long()  # (B, crop)
     inputs = features[plan.index[:, None, None], source[:, :, None], times[:, None, :]].float()  # (B, rows, crop)
     if settings["gain_db"] or settings["filter_db"]:
-        inputs += over_bands(plan.gains, bands, rows.n_mels)[:, :, None]
+        inputs += over_bands(plan.gains, rows.band, rows.n_mels)[:, :, None]
     inputs.sub_(mean[source][:, :, None]).div_(deviation[source][:, :, None])
     labels = targets[plan.index]  # (B, classes)
     if settings["mixup_alpha"]:  # each clip's partner is its mirror in the batch, which is in random order already
@@ -182,7 +179,7 @@ def training_batch(features, rows, targets, statistics, plan, settings):
         inputs = torch.lerp(inputs.flip(0), inputs, share[:, :, None])
         labels = torch.lerp(labels.flip(0), labels, share)
     if settings["mask_bands"] or settings["mask_frames"]:  # SpecAugment; 0 is the mean after normalisation
-        kept_bands = (bands < plan.mask_band[:, None]) | (bands >= (plan.mask_band + plan.mask_bands)[:, None])
+        kept_bands = (rows.band < plan.mask_band[:, None]) | (rows.band >= (plan.mask_band + plan.mask_bands)[:, None])
         kept_frames = (frames < plan.mask_frame[:, None]) | (frames >= (plan.mask_frame + plan.mask_frames)[:, None])
         inputs *= (kept_bands[:, :, None] & kept_frames[:, None, :]).float()
     return inputs.unsqueeze(1), labels

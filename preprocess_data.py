@@ -150,8 +150,12 @@ def report_left_out(left_out, allow_missing):
         )
 
 
+def feature_bytes(n_clips, audio):
+    return n_clips * math.prod(audio.shape) * np.dtype(audio.feature_dtype).itemsize
+
+
 def check_disk_space(output_dir, n_clips, audio):
-    needed = n_clips * math.prod(audio.shape) * np.dtype(audio.feature_dtype).itemsize + SPARE_DISK
+    needed = feature_bytes(n_clips, audio) + SPARE_DISK
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "features.pkl.tmp").unlink(missing_ok=True)  # of a run that was killed
     remedy = "make room, or name another --output_dir"
@@ -206,7 +210,7 @@ def preprocess(clips, data_dir, output_dir, args):
 def print_result(output_dir, clips, audio, left_out, seconds):
     """Print what is in the processed files, and what they took."""
     print_counts(clips)
-    n_bytes = len(clips) * math.prod(audio.shape) * np.dtype(audio.feature_dtype).itemsize
+    n_bytes = feature_bytes(len(clips), audio)
     print(
         f"{len(clips)} clips in {seconds:.1f} s ({len(clips) / seconds:.0f} clips/s)"
         + (f", {len(left_out)} left out" if left_out else "")
