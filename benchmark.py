@@ -41,6 +41,7 @@ import tracking
 import train
 import utils
 from benchmark_step import CPU, STEPS, benchmark_losses, benchmark_step, new_networks, random_examples
+from epoch import make_optimizer, train_step
 from model import find_model, load_model
 from timing import REPOSITORY, format_row, machine, median_times, peak_memory, row, run_command
 
@@ -160,7 +161,7 @@ def benchmark_overhead(folder, n_clips=EPOCH_CLIPS):
         fold.network.train()
         for batch in slices:
             size = batch.stop - batch.start
-            train.train_step(fold.network, fold.optimizer, inputs[:size], wanted[:size], 0.1)
+            train_step(fold.network, fold.optimizer, inputs[:size], wanted[:size], 0.1)
 
     def epoch():
         one_more = (fold.newest["epoch"] if fold.newest else 0) + 1
@@ -259,7 +260,7 @@ def training_cost(n_clips):
     statistics = [torch.zeros(AUDIO.shape[0]), torch.ones(AUDIO.shape[0])]
     settings = batches.augmentation_settings()
     _, network = new_networks()
-    optimizer = train.make_optimizer(network, {"weight_decay": 0.0, "learning_rate": 1e-3})
+    optimizer = make_optimizer(network, {"weight_decay": 0.0, "learning_rate": 1e-3})
     slices = batches.batch_slices(n_clips, config.BATCH_SIZE)[: 2 * STEPS]
 
     def plan_epoch():
@@ -268,7 +269,7 @@ def training_cost(n_clips):
     def steps():
         for batch in slices:
             inputs, wanted = batches.training_batch(features, rows, targets, statistics, plan[batch], settings)
-            train.train_step(network, optimizer, inputs, wanted, 0.1)
+            train_step(network, optimizer, inputs, wanted, 0.1)
 
     plan = plan_epoch()
     network.train()

@@ -19,9 +19,9 @@ from torch import nn
 
 import batches
 import config
-import train
 import utils
 from audio_settings import AudioSettings
+from epoch import make_optimizer, train_step
 from model import AudioCNN
 from timing import TURNS, median_times, row
 
@@ -70,11 +70,11 @@ def plain_turn():
 
 def our_loop(network, features, targets, batch_size, steps, precision=config.PRECISION):
     """The same steps as train.py does them."""
-    optimizer = train.make_optimizer(network, {"weight_decay": 0.0, "learning_rate": 1e-3})
+    optimizer = make_optimizer(network, {"weight_decay": 0.0, "learning_rate": 1e-3})
     network.train()
     losses = []
     for batch in batches.batch_slices(len(features), batch_size)[:steps]:
-        loss, _ = train.train_step(network, optimizer, features[batch], targets[batch], 0.0, precision)
+        loss, _ = train_step(network, optimizer, features[batch], targets[batch], 0.0, precision)
         losses.append(loss)
     return torch.stack(losses).tolist()
 

@@ -32,6 +32,7 @@ import report
 import tracking
 import train
 import utils
+from epoch import EVALUATION_BATCH
 from model import load_model, model_path
 from utils import UserError
 
@@ -161,7 +162,7 @@ def train_without(class_id, fold, known, args):
 def logits_of(network, info, features):
     """Return the logits (clips, classes) of features (clips, rows, n_frames) in dB, on the CPU."""
     statistics = batches.statistics_of(info)
-    parts = [torch.from_numpy(part) for part in np.array_split(features, -(-len(features) // train.EVALUATION_BATCH))]
+    parts = [torch.from_numpy(part) for part in np.array_split(features, -(-len(features) // EVALUATION_BATCH))]
     return torch.cat([network(batches.normalise(part, statistics)) for part in parts])
 
 
