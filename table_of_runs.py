@@ -2,11 +2,12 @@
 
     python table_of_runs.py ../runs/*                           # assets folders, or their results/
     python table_of_runs.py ../runs/* --reference ../runs/plain_s0
-    python table_of_runs.py ../runs/* --together                # and the accuracy of a recipe's networks together
+    python table_of_runs.py ../runs/* --more                    # and what accuracy over clips leaves out
 
 Runs whose settings differ in the seed alone are one row: accuracy of each fold (mean of the seeds), their mean with the
 standard deviation over the seeds, and the share of the reference's errors that are gone. Rows are sorted by accuracy.
-Together: the networks of a fold, one a seed, answer with the mean of their logits, as those of AudioViews do.
+More are three columns: accuracy with every recording counted once, the likelihood (below), and the accuracy of a
+recipe's networks together: those of a fold, one a seed, answer with the mean of their logits, as AudioViews' three do.
 """
 
 import json
@@ -15,7 +16,10 @@ import statistics
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
 
+import calibration
 import config
 import evaluate
 import report
@@ -27,7 +31,7 @@ def parse_args():
     parser = utils.make_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="assets folders of trainings, or results/")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="a run of the recipe whose errors are compared")
-    parser.add_argument("--together", action="store_true", help="also what the mean of the seeds' logits gives")
+    parser.add_argument("--more", action="store_true", help="also recordings, likelihood, and the networks together")
     return parser.parse_args()
 
 
@@ -74,22 +78,46 @@ def differences(settings):
     return ", ".join(parts) or "as in config.py"
 
 
-def accuracy_together(folders):
-    """Return the mean over folds of the accuracy that the mean of the runs' logits has. UserError if clips differ."""
+def logits_of(predictions):
+    """Return log-probabilities, (clips, classes): the logits less one number a clip, which changes nothing below."""
+    return np.log(np.maximum(predictions.probabilities, np.finfo(float).tiny))
+
+
+def likelihood(predictions):
+    """Return the mean negative log-likelihood of the true classes, at the temperature that suits these clips best.
+
+    What the probabilities are worth, however sure they sound: lower is better, log(classes) is a guess. To compare
+    recipes with; the temperature has seen the test clips. It tells recipes apart that differ in few decisions.
+    """
+    logits, true = torch.from_numpy(logits_of(predictions)), torch.from_numpy(predictions.true)
+    return cross_entropy(logits / calibration.fit_temperature(logits, true), true).item()
+
+
+def accuracy_together(runs):
+    """Return the mean over folds of the accuracy that the mean of the runs' logits has; runs: their Predictions."""
+    right = sum(map(logits_of, runs)).argmax(axis=1) == runs[0].true
+    return statistics.mean(float(right[runs[0].folds == fold].mean()) for fold in np.unique(runs[0].folds))
+
+
+def more_of(folders):
+    """Return the cells of --more of a recipe's runs. UserError if they test different clips."""
     runs = [evaluate.read_predictions(results_folder(folder)) for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
         if (run.class_names, run.names) != (runs[0].class_names, runs[0].names):
             raise UserError(f"{folder} tests other clips or classes than {folders[0]}")
-    # A clip's log-probabilities are its logits less one number, which moves no decision.
-    logits = sum(np.log(np.maximum(run.probabilities, np.finfo(float).tiny)) for run in runs)  # (clips, classes)
-    right, folds = logits.argmax(axis=1) == runs[0].true, runs[0].folds
-    return statistics.mean(float(right[folds == fold].mean()) for fold in np.unique(folds))
+    results = [utils.load_json(results_folder(folder) / "results.json") for folder in folders]
+    recordings = [result["recordings"]["accuracy"] for result in results if result.get("recordings")]
+    return [
+        report.percent(statistics.mean(recordings) if recordings else None),
+        f"{statistics.mean(map(likelihood, runs)):.2f}",
+        report.percent(accuracy_together(runs)),
+    ]
 
 
-def make_table(groups, reference=None, together=False):
+def make_table(groups, reference=None, more=False):
     """Return the Markdown table of groups, best first; reference: the folder of a run in one of them.
 
-    together: a column of `accuracy_together` more.
+    more: the columns of `more_of`, too.
     """
     rows, errors = [], None
     for settings, folders, seeds in groups:
@@ -102,7 +130,7 @@ def make_table(groups, reference=None, together=False):
         raise UserError(f"--reference {reference} is none of the runs: name it among them")
     folds = sorted(next(iter(groups[0][2].values())))
     header = ["runs", "seeds", *(f"fold {fold}" for fold in folds), "mean", "± seeds"]
-    header += [*(["together"] if together else []), "errors", "other than config.py"]
+    header += [*(["recordings", "likelihood", "together"] if more else []), "errors", "other than config.py"]
     cells = []
     for mean, settings, folders, seeds, means in sorted(rows, key=lambda row: -row[0]):
         by_fold = [report.percent(statistics.mean(run[fold] for run in seeds.values())) for fold in folds]
@@ -110,14 +138,14 @@ def make_table(groups, reference=None, together=False):
         fewer = f"{(1 - mean) / errors - 1:+.0%}" if errors else None
         name = (folders[0].parent if folders[0].name == config.RESULTS_DIR else folders[0]).name
         name = re.sub(r"_?s\d+$", "", name)
-        joined = [report.percent(accuracy_together(folders))] if together else []
-        cells.append([name, len(seeds), *by_fold, report.percent(mean), spread, *joined, fewer, differences(settings)])
+        added = more_of(folders) if more else []
+        cells.append([name, len(seeds), *by_fold, report.percent(mean), spread, *added, fewer, differences(settings)])
     return report.table(header, cells, left=(0, len(header) - 1))
 
 
 def main():
     args = parse_args()
-    print(make_table(group_runs(args.runs), args.reference, args.together))
+    print(make_table(group_runs(args.runs), args.reference, args.more))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """table_of_runs.py: recipes over their seeds, as numbers of real trainings and of made ones."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 import config
 import evaluate
+import metrics
 import table_of_runs
 from utils import UserError
 
@@ -81,12 +84,23 @@ def test_networks_together_outvote_the_one_that_is_wrong(tmp_path):
             lines.append(f"{clip}.wav,{clip % 3},{','.join(map(str, row))}")
         (results / "predictions_fold_0.csv").write_text("\n".join(lines) + "\n")
         folders.append(tmp_path / f"r_s{seed}")
-    assert [table_of_runs.accuracy_together([folder]) for folder in folders] == pytest.approx([2 / 3] * 3)
-    assert table_of_runs.accuracy_together(folders) == 1
+    assert [table_of_runs.more_of([folder])[2] for folder in folders] == ["66.7 %"] * 3
+    assert table_of_runs.more_of(folders)[2] == "100.0 %"
     first = folders[0] / "results" / "predictions_fold_0.csv"
     first.write_text(first.read_text().replace("5.wav", "6.wav"))
     with pytest.raises(UserError, match="other clips"):
-        table_of_runs.accuracy_together(folders)
+        table_of_runs.more_of(folders)
+
+
+@pytest.mark.parametrize("sureness", [0.3, 1, 3])
+def test_likelihood_is_the_entropy_of_probabilities_that_are_true_however_sure_they_sound(sureness):
+    """Two classes, said with 80 % and right in 80 % of the clips: less than log 2, and more than nothing."""
+    true = np.arange(10) % 2
+    said = np.where(np.arange(10) < 2, 1 - true, true)  # eight of ten are right
+    probabilities = np.where(said[:, None] == [0, 1], 0.8, 0.2) ** sureness
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    run = metrics.Predictions(["a", "b"], list(range(10)), true, true, probabilities, {})
+    assert table_of_runs.likelihood(run) == pytest.approx(-0.8 * math.log(0.8) - 0.2 * math.log(0.2), abs=1e-6)
 
 
 def test_command_line_on_trainings(data, scripts, run_script, tmp_path):
@@ -99,11 +113,16 @@ def test_command_line_on_trainings(data, scripts, run_script, tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = rows_of(done.stdout)
     assert row["seeds"] == "2" and row["errors"] == "+0%"
-    assert "together" not in row
+    assert "likelihood" not in row
     predictions = [evaluate.read_predictions(tmp_path / f"short_s{seed}" / "results") for seed in (0, 1)]
     product = predictions[0].probabilities * predictions[1].probabilities
     right = (product.argmax(axis=1) == predictions[0].true).mean()
-    assert rows_of(run_script("table_of_runs.py", *folders, "--together").stdout)[0][
-        "together"
-    ] == f"{right:.1%}".replace("%", " %")
+    (row,) = rows_of(run_script("table_of_runs.py", *folders, "--more").stdout)
+    assert row["together"] == f"{100 * right:.1f} %"
+    recordings = [
+        json.loads((tmp_path / f"short_s{seed}" / "results" / "results.json").read_text())["recordings"]["accuracy"]
+        for seed in (0, 1)
+    ]
+    assert row["recordings"] == f"{50 * sum(recordings):.1f} %"
+    assert 0 < float(row["likelihood"]) < 3
     assert "epochs 1" in row["other than config.py"] and "validation none" in row["other than config.py"]
