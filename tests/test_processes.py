@@ -123,7 +123,8 @@ def test_a_killed_worker_then_ctrl_c_and_one_process_ends_as_if_nothing_had_been
 @needs_proc
 def test_a_node_that_dies_leaves_its_fold_to_the_others(torchrun, reference, tmp_path):
     port = free_port()
-    meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=3")
+    patience = "--rdzv-conf=last_call_timeout=3,keep_alive_interval=2"
+    meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", patience)
     options = ("--nnodes=1:2", "--nproc-per-node=1", "--rdzv-id=1", "--max-restarts=3", "--local-addr=127.0.0.1")
     staying = torchrun((*options, *meeting))
     time.sleep(1)  # whoever comes first keeps the store of the rendezvous, and it must not be the one that dies
