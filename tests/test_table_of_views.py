@@ -73,18 +73,18 @@ def test_each_row_is_the_accuracy_of_its_branches(processed, scripts, run_script
     assert len({tuple(row[1:]) for row in rows}) > 2  # the branches do not answer alike
 
 
-def test_what_has_no_views_is_named(processed, run_script, tmp_path):
-    done = run_script("table_of_views.py", tmp_path, "--processed_dir", processed)
+def test_what_has_no_views_is_named(processed, scripts, tmp_path):
+    done = scripts.run("table_of_views", tmp_path, "--processed_dir", processed)
     assert done.returncode == 2 and "no models in" in done.stderr
     write_model(tmp_path / "models", 0)
-    done = run_script("table_of_views.py", tmp_path, "--processed_dir", processed)
+    done = scripts.run("table_of_views", tmp_path, "--processed_dir", processed)
     assert done.returncode == 2 and "is AudioCNN, which has no views" in done.stderr
     write_model(tmp_path / "models", 7, model="AudioViews")
     model.model_path(tmp_path / "models", 0).unlink()
-    done = run_script("table_of_views.py", tmp_path, "--processed_dir", processed)
+    done = scripts.run("table_of_views", tmp_path, "--processed_dir", processed)
     assert done.returncode == 2 and "no clips of fold 7" in done.stderr
     info = model.load_model(model.model_path(tmp_path / "models", 7))[1] | {"fold": "7"}  # a stranger's
     state = model.build_model("AudioViews", len(info["class_names"]), data_loader.AudioSettings()).state_dict()
     model.save_model(model.model_path(tmp_path / "models", 7), state, info)
-    done = run_script("table_of_views.py", tmp_path, "--processed_dir", processed)
+    done = scripts.run("table_of_views", tmp_path, "--processed_dir", processed)
     assert done.returncode == 2 and "does not say which fold it tests" in done.stderr
