@@ -6,8 +6,9 @@
 
 Runs whose settings differ in the seed alone are one row: accuracy of each fold (mean of the seeds), their mean with the
 standard deviation over the seeds, and the share of the reference's errors that are gone. Rows are sorted by accuracy.
-More are three columns: accuracy with every recording counted once, the likelihood (below), and the accuracy of a
-recipe's networks together: those of a fold, one a seed, answer with the mean of their logits, as AudioViews' three do.
+More are three columns: accuracy with every recording counted once; the negative log-likelihood of the true classes, at
+the best temperature (lower is better); and the accuracy of a recipe's networks together: those of a fold, one a seed,
+answer with the mean of their logits.
 """
 
 import json
@@ -86,8 +87,8 @@ def logits_of(predictions):
 def likelihood(predictions):
     """Return the mean negative log-likelihood of the true classes, at the temperature that suits these clips best.
 
-    What the probabilities are worth, however sure they sound: lower is better, log(classes) is a guess. To compare
-    recipes with; the temperature has seen the test clips. It tells recipes apart that differ in few decisions.
+    What the probabilities are worth, however sure they sound: log(classes) is a guess, 0 is certainty that is right. To
+    compare recipes that differ in few decisions, and for nothing else: the temperature has seen the test clips.
     """
     logits, true = torch.from_numpy(logits_of(predictions)), torch.from_numpy(predictions.true)
     return cross_entropy(logits / calibration.fit_temperature(logits, true), true).item()
