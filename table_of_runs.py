@@ -17,10 +17,7 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.nn.functional import cross_entropy
 
-import calibration
 import config
 import evaluate
 import report
@@ -90,6 +87,11 @@ def likelihood(predictions):
     What the probabilities are worth, however sure they sound: log(classes) is a guess, 0 is certainty that is right. To
     compare recipes that differ in few decisions, and for nothing else: the temperature has seen the test clips.
     """
+    import torch  # takes a second, which a table without --more need not wait for
+    from torch.nn.functional import cross_entropy
+
+    import calibration
+
     logits, true = torch.from_numpy(logits_of(predictions)), torch.from_numpy(predictions.true)
     return cross_entropy(logits / calibration.fit_temperature(logits, true), true).item()
 
