@@ -79,11 +79,16 @@ def interrupts_held():
         yield
         return
     resource_tracker.ensure_running()  # multiprocessing starts it with the first process, and lets interrupts through
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what is born here inherits it
+    kept = []
+    handler = signal.signal(signal.SIGINT, lambda *arguments: kept.append(arguments))  # a thread of BLAS has no mask
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if kept and callable(handler):
+            handler(*kept[0])
 
 
 @contextlib.contextmanager

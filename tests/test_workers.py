@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
 
 import pytest
@@ -66,3 +68,21 @@ def test_a_worker_that_is_killed_is_told():
     with pytest.raises(UserError, match="was killed"):
         list(workers.map_in_order(leave, list(range(10)), 2))
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="this system has no signal masks")
+def test_ctrl_c_is_held_though_another_thread_hears_it():
+    """A thread of BLAS has no mask: an interrupt in a start left a worker that said 'EOFError: Ran out of input'."""
+    ending, held = threading.Event(), False
+    threading.Thread(target=ending.wait).start()
+    try:
+        with pytest.raises(KeyboardInterrupt), workers.interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            held = True
+    finally:
+        ending.set()
+    assert held
+    with pytest.raises(KeyboardInterrupt):  # and is heard again
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
