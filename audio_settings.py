@@ -87,7 +87,7 @@ class AudioSettings:
 
     @property
     def shape(self):
-        """(rows, frames) of one clip's features; data_loader.py's `clip_features` says what the rows are."""
+        """(rows, frames) of one clip's features; front_end.py's `clip_features` says what the rows are."""
         return sum(self.blocks), self.n_frames
 
     @functools.cached_property

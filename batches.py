@@ -80,7 +80,7 @@ def batch_slices(n_clips, batch_size):
 
 
 class Rows(typing.NamedTuple):
-    """Where each row of a clip's features lies (data_loader.py's `clip_features`): tensors (rows,) on the device."""
+    """Where each row of a clip's features lies (front_end.py's `clip_features`): tensors (rows,) on the device."""
 
     n_mels: int  # of the log-mel
     first: torch.Tensor  # row of its block: of the log-mel, or of one fine frame

@@ -34,6 +34,7 @@ import checkpoint
 import config
 import data_loader
 import demo_data
+import front_end
 import predict
 import preprocess_data
 import publisher
@@ -86,9 +87,9 @@ def usual_clip(path):
 
 def floor_clip(path):
     """What no front-end of this kind can do without: decoding, resampling and the FFTs of both log-mels."""
-    samples = data_loader.fit_clip(audio_reader.read_audio(path, AUDIO.sample_rate), AUDIO)
+    samples = front_end.fit_clip(audio_reader.read_audio(path, AUDIO.sample_rate), AUDIO)
     for audio in (AUDIO, AUDIO.fine):
-        data_loader.spectrum(samples, audio)
+        front_end.spectrum(samples, audio)
 
 
 def our_clip(path):
@@ -225,7 +226,7 @@ def benchmark_predict(folder):
     warm, decode, features = median_times(
         lambda: predict.predict(network, info, audio_reader.read_audio(clip, AUDIO.sample_rate)),
         lambda: audio_reader.read_audio(clip, AUDIO.sample_rate),
-        lambda: data_loader.clip_features(samples, AUDIO),
+        lambda: front_end.clip_features(samples, AUDIO),
         turns=20,
     )
     return [

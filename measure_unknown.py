@@ -27,6 +27,7 @@ import calibration
 import checkpoint
 import config
 import data_loader
+import front_end
 import publisher
 import report
 import tracking
@@ -111,7 +112,7 @@ def made_sounds(audio, seed, count):
         rng = np.random.default_rng(utils.derive_seed(kind, seed))
         levels = [QUIET_LEVEL] * count if kind == "near silence" else rng.uniform(*LEVELS, count)
         clips = [make(rng) * 10 ** (level / 20) for level in levels]
-        sounds[kind] = np.stack([data_loader.clip_features(clip.astype(np.float32), audio) for clip in clips])
+        sounds[kind] = np.stack([front_end.clip_features(clip.astype(np.float32), audio) for clip in clips])
     return sounds
 
 

@@ -107,7 +107,7 @@ class AudioViews(nn.Module):
 def unfold(x, fine_frames):
     """Return the fine log-mel, (B, 1, bands, fine_frames x frames), from its rows, (B, 1, fine_frames x bands, frames).
 
-    data_loader.py's `clip_features` says how it was folded.
+    front_end.py's `clip_features` says how it was folded.
     """
     x = x.unflatten(2, (fine_frames, -1))  # (B, 1, fine_frames, bands, frames)
     return x.permute(0, 1, 3, 4, 2).flatten(3)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 import batches
-import data_loader
 import explain
+import front_end
 import plots
 
 MOST_COLUMNS = 2000  # of a picture; more frames are averaged
@@ -81,9 +81,9 @@ def draw_log_mel(figure, axes, log_mel, audio, times):
     extent = (*times, 0, audio.n_mels)
     image = axes.imshow(log_mel, cmap="magma", origin="lower", aspect="auto", extent=extent, interpolation="nearest")
     figure.colorbar(image, ax=axes, pad=0.01).set_label("dB", fontsize=13)
-    low, high = data_loader.hz_to_mel([audio.f_min, audio.f_max])
+    low, high = front_end.hz_to_mel([audio.f_min, audio.f_max])
     ticks = [frequency for frequency in TICKS_HZ if audio.f_min <= frequency <= audio.f_max]
-    axes.set_yticks((data_loader.hz_to_mel(ticks) - low) / (high - low) * audio.n_mels, ticks)
+    axes.set_yticks((front_end.hz_to_mel(ticks) - low) / (high - low) * audio.n_mels, ticks)
     axes.set_ylabel("frequency, Hz", fontsize=14)
 
 

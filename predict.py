@@ -39,7 +39,7 @@ import answers
 import audio_reader
 import batches
 import calibration
-import data_loader
+import front_end
 import known_clips
 import utils
 from answers import Answer
@@ -151,7 +151,7 @@ def window_logits(models, windows):
     windows: list of B arrays of mono samples at the models' rate, up to a clip long; models: [(network, info)].
     """
     audio = AudioSettings(**models[0][1]["audio"])
-    features = np.stack([data_loader.clip_features(window, audio) for window in windows])
+    features = np.stack([front_end.clip_features(window, audio) for window in windows])
     logits = []
     for network, info in models:
         inputs = batches.normalise(torch.from_numpy(features), batches.statistics_of(info))  # (B, 1, rows, frames)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import audio_reader
 import config
 import data_loader
+import front_end
 import hub
 import utils
 from utils import UserError
@@ -94,7 +95,7 @@ def clip_key(clip):
 def process_clip(path, audio):
     """Return (features, None) of one clip, or (None, the reason) if it can't be read."""
     try:
-        return data_loader.clip_features(audio_reader.read_audio(path, audio.sample_rate), audio), None
+        return front_end.clip_features(audio_reader.read_audio(path, audio.sample_rate), audio), None
     except UserError as error:
         return None, str(error)
 

@@ -10,10 +10,10 @@ import pytest
 import soundfile
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_data_loader import sounds
+from test_front_end import sounds
 
 import audio_reader
-import data_loader
+import front_end
 from audio_reader import read_audio
 from data_loader import AudioSettings
 from utils import UserError
@@ -81,14 +81,14 @@ def test_very_short_recordings(tmp_path, n, file_rate):
         with pytest.raises(UserError, match=r"a\.wav is too short: no sample is left at 22050 Hz"):
             read_audio(path, RATE)
     else:
-        features = data_loader.clip_features(read_audio(path, RATE), AUDIO)
+        features = front_end.clip_features(read_audio(path, RATE), AUDIO)
         assert features.shape == AUDIO.shape and np.isfinite(features).all()
 
 
 def test_the_loudest_and_the_silent(tmp_path):
     for level in (0.0, 1e-30, 32_768.0, 2.0**31, 9e11):
         path = write(tmp_path / "a.wav", np.full((5000, 2), level), subtype="FLOAT")
-        features = data_loader.clip_features(read_audio(path, RATE), AUDIO)
+        features = front_end.clip_features(read_audio(path, RATE), AUDIO)
         assert np.isfinite(features).all()
 
 
@@ -192,7 +192,7 @@ def test_features_of_any_file_are_numbers(tmp_path, form, rate, channels, values
     samples = np.resize(np.array(values or [0], np.float64), (len(values) * times, channels))
     path = write(tmp_path / "a.wav", samples, rate, format=form[0], subtype=form[1])
     try:
-        features = data_loader.clip_features(read_audio(path, RATE), AUDIO)
+        features = front_end.clip_features(read_audio(path, RATE), AUDIO)
     except UserError as error:
         assert "a.wav" in str(error)
         return
@@ -214,7 +214,7 @@ def test_damaged_files_give_numbers_or_a_line(tmp_path):
         path = tmp_path / name
         path.write_bytes(data)
         try:
-            features = data_loader.clip_features(read_audio(path, RATE), AUDIO)
+            features = front_end.clip_features(read_audio(path, RATE), AUDIO)
         except UserError as error:
             assert name in str(error)
         else:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import data_loader
+import front_end
 import model
 from audio_settings import AudioSettings
 from utils import UserError
@@ -75,9 +75,9 @@ def test_each_view_forgets_what_it_should():
 def test_fine_rows_unfold_into_the_log_mel_they_came_from():
     audio = AudioSettings(fine_frames=4, feature_dtype="float32")
     samples = np.random.default_rng(0).normal(0, 0.1, audio.clip_samples).astype(np.float32)
-    features = torch.from_numpy(data_loader.clip_features(samples, audio))
+    features = torch.from_numpy(front_end.clip_features(samples, audio))
     fine = model.unfold(features[None, None, audio.n_mels :], audio.fine_frames)
-    assert np.array_equal(fine[0, 0], data_loader.fine_log_mel(samples, audio))
+    assert np.array_equal(fine[0, 0], front_end.fine_log_mel(samples, audio))
 
 
 def test_views_answer_with_the_mean_of_their_branches():

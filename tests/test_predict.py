@@ -20,6 +20,7 @@ import answers
 import audio_reader
 import batches
 import data_loader
+import front_end
 import model
 import plot_recording
 import predict
@@ -194,7 +195,7 @@ def test_normalisation_is_that_of_training(loaded):
     recorder = Recorder()
     samples = sound(4).astype(np.float32)
     predict.predict(recorder, info, samples)
-    features = data_loader.clip_features(samples, data_loader.AudioSettings(**info["audio"]))
+    features = front_end.clip_features(samples, data_loader.AudioSettings(**info["audio"]))
     statistics = [torch.tensor(info[name]) for name in ("band_mean", "band_deviation")]
     expected = batches.normalise(torch.from_numpy(features)[None], statistics)[:, 0].numpy()
     assert np.array_equal(recorder.inputs, expected)
@@ -514,7 +515,7 @@ def test_pictures(folder, assets, scripts, tmp_path):
 def test_sketch_follows_the_whole_recording_whatever_the_windows(loaded):
     samples = sound(11.3).astype(np.float32)
     audio = data_loader.AudioSettings(**loaded[1]["audio"])
-    whole = data_loader.log_mel(samples, audio)
+    whole = front_end.log_mel(samples, audio)
     for window, hop in ((None, None), (1.0, 0.3), (4.0, 4.0)):
         sketch = plot_recording.Sketch(audio)
         predict.classify([samples], [loaded], window, hop, watch=sketch.add)

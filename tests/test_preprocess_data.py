@@ -19,6 +19,7 @@ from conftest import REPOSITORY
 
 import audio_reader
 import data_loader
+import front_end
 import preprocess_data
 import utils
 from utils import UserError
@@ -185,7 +186,7 @@ def test_labels_are_the_tables_whatever_the_order_of_the_files(dataset, preproce
     assert list(data.class_names) == sorted(data.class_names)
     for row, features in zip(rows, data.features, strict=True):
         samples = audio_reader.read_audio(clip_path(folder, row), audio.sample_rate)
-        assert np.array_equal(features, data_loader.clip_features(samples, audio))
+        assert np.array_equal(features, front_end.clip_features(samples, audio))
 
 
 # --- Running it again --------------------------------------------------------------------------------------------
