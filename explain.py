@@ -31,10 +31,10 @@ def grad_cam(network, inputs, targets):
 
     inputs: normalised features (B, 1, rows, frames); targets: (B,) places of the classes. Selvaraju et al. 2017
     (arXiv:1610.02391): the feature maps of a convolution block (the network's `shown_blocks`), weighted by the gradient
-    of the class's logit, summed, and cut at 0; of a network with branches, the sum of their maps. The gradient is not
-    averaged over the map, as HiResCAM has it (Draelos and Carin 2020, arXiv:2011.08891): AudioCNN's head weighs each
-    mel band by itself, and with the mean, masking what the map rates highest costs less confidence than masking cells
-    at random.
+    of the class's logit, summed, and cut at 0; of a network with branches or views, the sum of their maps. The gradient
+    is not averaged over the map, as HiResCAM has it (Draelos and Carin 2020, arXiv:2011.08891): AudioCNN's head weighs
+    each mel band by itself, and with the mean, masking what the map rates highest costs less confidence than masking
+    cells at random.
     """
     maps = []
     blocks = [network.get_submodule(name) for name in network.shown_blocks]
@@ -48,7 +48,8 @@ def grad_cam(network, inputs, targets):
             hook.remove()
     heat, shape = 0, (network.n_mels, inputs.shape[3])
     for gradient, values in zip(gradients, maps, strict=True):
-        weight = relu((gradient * values.detach()).sum(dim=1, keepdim=True))  # (B, 1, H, W)
+        weight = relu((gradient * values.detach()).sum(dim=1, keepdim=True))  # (B, 1, H, W), once for each view
+        weight = weight.unflatten(0, (-1, len(inputs))).sum(dim=0)
         heat = heat + interpolate(weight, shape, mode="bilinear")[:, 0]  # (B, n_mels, frames)
     return heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
 

@@ -67,6 +67,32 @@ class AudioCNN(nn.Module):
         return self.logits(self.dropout(x))  # (B, n_classes)
 
 
+class SharedAudioCNN(nn.Module):
+    """One AudioCNN that sees each clip in four views, and answers with the mean of their logits.
+
+    The 250,250 parameters of AudioCNN, for about its cost. It sees the mean of each VIEW_FRAMES frames of the log-mel
+    as it is, less each band's mean over time, less each frame's mean over bands, and less both. In training each view
+    is an example of its own, so that a clip is learnt without the colour of its microphone, too, and without its level.
+    Any number of frames from 32 on.
+    """
+
+    least_shape = 8, 8 * VIEW_FRAMES
+    shown_blocks = ("cnn.block1",)  # the last one has 5 columns for 4 s
+
+    def __init__(self, n_classes, audio, **dropouts):
+        super().__init__()
+        self.n_mels = audio.n_mels
+        self.cnn = AudioCNN(n_classes, audio, MEAN_POOLS, **dropouts)
+
+    def forward(self, x):
+        """Normalised features (B, 1, rows, frames) -> logits (B, n_classes); in training each view's, (4 B, ...)."""
+        level = avg_pool2d(x[:, :, : self.n_mels], (1, VIEW_FRAMES))  # (B, 1, n_mels, frames / 4)
+        change = without_mean(level, dim=3)
+        views = torch.cat([level, change, without_mean(level, dim=2), without_mean(change, dim=2)])
+        logits = self.cnn(views)  # (4 B, n_classes)
+        return logits if self.training else logits.unflatten(0, (4, -1)).mean(dim=0)
+
+
 class AudioViews(nn.Module):
     """Three AudioCNNs side by side, each with a view of its own; they answer with the mean of their logits.
 
@@ -118,7 +144,8 @@ def without_mean(x, dim):
     return x - x.mean(dim, keepdim=True)
 
 
-MODELS = {"AudioCNN": AudioCNN, "AudioViews": AudioViews}  # a new network is a class above and a name here
+# A new network is a class above and a name here
+MODELS = {"AudioCNN": AudioCNN, "SharedAudioCNN": SharedAudioCNN, "AudioViews": AudioViews}
 
 
 def network_class(name):

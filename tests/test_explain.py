@@ -12,7 +12,7 @@ import explain
 import model
 from audio_settings import AudioSettings
 from batches import rows_of
-from model import AudioCNN
+from model import AudioCNN, SharedAudioCNN, without_mean
 
 SMALL = AudioSettings(n_mels=16, fine_n_mels=4)
 
@@ -47,6 +47,24 @@ def test_map_is_the_formula_of_the_papers():
         expected = torch.relu((maps.grad[0] * maps.detach()[0]).sum(dim=0))
         expected = nn.functional.interpolate(expected[None, None], (16, 40), mode="bilinear")[0, 0]
         torch.testing.assert_close(found, expected / expected.max().clamp(min=1e-12))
+
+
+def test_map_of_a_network_with_views_is_the_sum_of_its_views():
+    torch.manual_seed(0)
+    network = SharedAudioCNN(3, SMALL).eval()
+    inputs, targets = torch.randn(2, 1, 16, 64), torch.tensor([2, 0])
+    heat = explain.grad_cam(network, inputs.clone(), targets)
+    level = inputs.unflatten(3, (16, 4)).mean(dim=4)
+    change, shape = without_mean(level, 3), without_mean(level, 2)
+    cnn, sums = network.cnn, 0
+    for view in level, change, shape, without_mean(change, 2):
+        maps = cnn.block1(view).detach().requires_grad_()
+        rest = torch.relu(cnn.over_bands(cnn.block3(cnn.block2(maps)).mean(dim=3)))
+        logits = cnn.logits(torch.relu(cnn.hidden(rest.flatten(1))))
+        logits.gather(1, targets[:, None]).sum().backward()
+        sums = sums + torch.relu((maps.grad * maps.detach()).sum(dim=1, keepdim=True))
+    expected = nn.functional.interpolate(sums, (16, 64), mode="bilinear")[:, 0]
+    torch.testing.assert_close(heat, expected / expected.amax(dim=(1, 2), keepdim=True))
 
 
 def test_map_leaves_the_network_as_it_was():

@@ -91,6 +91,20 @@ def test_views_answer_with_the_mean_of_their_branches():
         torch.testing.assert_close(views(clip[None])[0], logits, rtol=1e-4, atol=1e-5)
 
 
+def test_shared_network_is_one_audio_cnn_on_four_views():
+    torch.manual_seed(0)
+    shared = model.SharedAudioCNN(10, DEFAULT, block_dropout=0.0, head_dropout=0.0).eval()
+    assert model.count_parameters(shared) == 250_250
+    x = torch.randn(3, 1, *DEFAULT.shape)
+    level = x[:, :, :128, :172].unflatten(3, (43, 4)).mean(dim=4)
+    views = [level, level - level.mean(3, keepdim=True), level - level.mean(2, keepdim=True)]
+    views.append(views[1] - views[1].mean(2, keepdim=True))
+    with torch.inference_mode():
+        torch.testing.assert_close(shared(x), sum(shared.cnn(view) for view in views) / 4)
+        shared.train()
+        torch.testing.assert_close(shared(x), shared.cnn(torch.cat(views)))  # (12, 10): all views share a batch
+
+
 @pytest.mark.parametrize("name", model.MODELS)
 def test_no_part_of_a_clip_goes_unheard(name):
     torch.manual_seed(0)
