@@ -35,7 +35,9 @@ SHORT_CLIPS = "repeat"  # clips under CLIP_SECONDS: "repeat" them to full length
 FEATURE_DTYPE = "float16"  # of the stored features; float16 rounds by at most 0.03 dB and halves file and memory
 
 # --- Training ----------------------------------------------------------------------------------------------------
-MODEL = "AudioViews"  # a class in model.py: three small networks on views of a clip; or "AudioCNN", one on all frames
+# A class in model.py: "AudioViews", three small networks, each on a view of its own of a clip; "SharedAudioCNN", one
+# network on four views; or "AudioCNN", one on all frames
+MODEL = "AudioViews"
 EPOCHS = 80
 QUICK_SHARE = 0.1  # of EPOCHS that train.py --quick trains
 BATCH_SIZE = 32  # clips
