@@ -46,7 +46,7 @@ def accuracies(path, data):
     """Return ({choice of views: accuracy}, fold) of a model file, on the clips of the 0-indexed fold that it tests."""
     network, info = load_model(path)
     if not isinstance(network, AudioViews):
-        raise UserError(f"{path} is {info['model']}, which has no views: name trainings with --model AudioViews")
+        raise UserError(f"{path} is {info['model']}, which has no branches: name trainings with --model AudioViews")
     if not isinstance(info.get("fold"), int):
         raise UserError(f"{path} does not say which fold it tests: name models of this project's train.py")
     test = np.flatnonzero(data.folds == info["fold"] + 1)

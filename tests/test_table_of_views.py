@@ -73,12 +73,12 @@ def test_each_row_is_the_accuracy_of_its_branches(processed, scripts, run_script
     assert len({tuple(row[1:]) for row in rows}) > 2  # the branches do not answer alike
 
 
-def test_what_has_no_views_is_named(processed, scripts, tmp_path):
+def test_what_has_no_branches_is_named(processed, scripts, tmp_path):
     done = scripts.run("table_of_views", tmp_path, "--processed_dir", processed)
     assert done.returncode == 2 and "no models in" in done.stderr
     write_model(tmp_path / "models", 0)
     done = scripts.run("table_of_views", tmp_path, "--processed_dir", processed)
-    assert done.returncode == 2 and "is AudioCNN, which has no views" in done.stderr
+    assert done.returncode == 2 and "is AudioCNN, which has no branches" in done.stderr
     write_model(tmp_path / "models", 7, model="AudioViews")
     model.model_path(tmp_path / "models", 0).unlink()
     done = scripts.run("table_of_views", tmp_path, "--processed_dir", processed)
