@@ -24,7 +24,9 @@ INSTALLS = "installs packages or takes minutes: tests/test_setup.py tests the se
 NEEDS_ACCOUNT = "needs an account and the network: tests/test_hub.py and test_tracking.py test it against loopback"
 NEEDS_SOUND = "needs a loudspeaker or a microphone: tests/test_sound_device.py and test_listen.py have files instead"
 NEEDS_CLUSTER = "needs a cluster: tests/test_processes.py has nodes on loopback, test_slurm.py the job"
+STAGES = ["python preprocess_data.py", "python train.py"]
 LEFT_OUT = {
+    **dict.fromkeys(STAGES, "the fixture `finished` runs it, before all examples"),
     "bash 00_setup.sh": INSTALLS,
     "bash 01_setup.sh": INSTALLS,
     "bash 02_demo.sh": INSTALLS,
@@ -108,7 +110,7 @@ def finished(tmp_path_factory, environment):
     assert found == 1
     config.write_text(text, encoding="utf-8")
     demo_data.make_miniature(assets / "data" / "UrbanSound8K", folds=3, clips_per_class=1)
-    run(["python preprocess_data.py", "python train.py"], project, environment)
+    run(STAGES, project, environment)
     shutil.rmtree(assets / "checkpoints")  # training is then a first one, whatever its flags
     return folder
 
