@@ -55,7 +55,7 @@ def train_step(network, optimizer, inputs, wanted, label_smoothing, precision=co
     inputs: (B, 1, rows, frames) float32; wanted: (B, classes) soft targets.
     """
     with utils.autocast(inputs.device, precision):
-        logits = network(inputs.contiguous(memory_format=torch.channels_last))  # (B, classes), a set for each branch
+        logits = network(inputs.contiguous(memory_format=torch.channels_last))  # (B, classes), once a branch or view
     branches = len(logits) // len(wanted)
     loss = cross_entropy(logits.float(), wanted.repeat(branches, 1), label_smoothing=label_smoothing)
     optimizer.zero_grad(set_to_none=True)

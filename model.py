@@ -21,7 +21,7 @@ from layers import ConvBlock
 from utils import UserError
 
 VIEWS = ("level", "change", "shape")  # of AudioViews
-VIEW_FRAMES = 4  # frames of 23 ms that two of them take the mean of: neighbours share most of their 93 ms of sound
+VIEW_FRAMES = 4  # frames of 23 ms that a coarse view has the mean of: neighbours share most of their 93 ms of sound
 # Mel bands and frames of the windows of AudioCNN's three blocks
 POOLS = (2, 2), (2, 2), (2, 4)
 MEAN_POOLS = (2, 2), (2, 2), (2, 2)  # a clip's 43 means leave 5 columns; windows of 4 at last would leave 2, for 3 s
