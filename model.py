@@ -86,7 +86,7 @@ class SharedAudioCNN(nn.Module):
 
     def forward(self, x):
         """Normalised features (B, 1, rows, frames) -> logits (B, n_classes); in training each view's, (4 B, ...)."""
-        level = avg_pool2d(x[:, :, : self.n_mels], (1, VIEW_FRAMES))  # (B, 1, n_mels, frames / 4)
+        level = coarse(x, self.n_mels)  # (B, 1, n_mels, frames / 4)
         change = without_mean(level, dim=3)
         views = torch.cat([level, change, without_mean(level, dim=2), without_mean(change, dim=2)])
         logits = self.cnn(views)  # (4 B, n_classes)
@@ -124,10 +124,15 @@ class AudioViews(nn.Module):
 
     def branch_logits(self, x):
         """Normalised features (B, 1, rows, frames) -> each branch's logits (3, B, n_classes), as VIEWS names them."""
-        means = avg_pool2d(x[:, :, : self.n_mels], (1, VIEW_FRAMES))  # (B, 1, n_mels, frames / 4)
+        means = coarse(x, self.n_mels)  # (B, 1, n_mels, frames / 4)
         fine = unfold(x[:, :, self.n_mels :], self.fine_frames)  # (B, 1, fine_n_mels, fine_frames x frames)
         seen = {"level": means, "change": without_mean(means, dim=3), "shape": without_mean(fine, dim=2)}
         return torch.stack([branch(seen[view]) for view, branch in self.branches.items()])
+
+
+def coarse(x, n_mels):
+    """Return the log-mel of features (B, 1, rows, frames) in means of frames: (B, 1, n_mels, frames / VIEW_FRAMES)."""
+    return avg_pool2d(x[:, :, :n_mels], (1, VIEW_FRAMES))
 
 
 def unfold(x, fine_frames):
