@@ -20,10 +20,8 @@ import numpy as np
 
 import config
 import data_loader
-import metrics
-import plots
-import report
 import utils
+from reports import metrics, plots, report
 from utils import UserError
 
 PREDICTIONS = re.compile(r"predictions_fold_(0|[1-9]\d*)\.csv")

@@ -28,13 +28,12 @@ import checkpoint
 import config
 import data_loader
 import front_end
-import publisher
-import report
-import tracking
 import train
 import utils
 from epoch import EVALUATION_BATCH
 from model import load_model, model_path
+from reports import report
+from services import publisher, tracking
 from utils import UserError
 
 SOUNDS_OF_A_KIND = 100  # noise, speech-like and so on

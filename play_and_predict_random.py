@@ -16,14 +16,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: see train.py
 
-import answers
 import audio_reader
 import config
 import data_loader
 import predict
-import sound_device
 import utils
 from model import load_model, model_path
+from reports import answers
+from services import sound_device
 from utils import UserError
 
 

@@ -35,16 +35,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import answers
 import audio_reader
 import batches
 import calibration
 import front_end
-import known_clips
 import utils
-from answers import Answer
 from audio_settings import AudioSettings
 from model import find_model, folds_in, load_model
+from reports import answers, known_clips
+from reports.answers import Answer
 from utils import UserError
 
 WINDOWS_AT_ONCE = 8  # in one pass of the network; more are no faster and take more memory
@@ -113,7 +112,7 @@ def find_models(args):
     """Return the model files that the command line asks for: of one fold or all, from a folder or the Hub."""
     repo_id = args.from_hub or (args.model_dir or "").partition("hf://")[2]
     if repo_id:
-        import hub
+        from services import hub
 
         folds = hub.model_folds(repo_id) if args.fold_num == "all" else [args.fold_num]
         return [hub.fetch_model(repo_id, fold) for fold in folds]
@@ -266,7 +265,7 @@ def predict_file(recording, models, model_names, args, n_recordings):
     """Predict one recording: print the answer and write the files that the flags ask for. Return its timeline."""
     watchers = []
     if args.plot or args.explain:
-        import plot_recording
+        from reports import plot_recording
 
         sketch = plot_recording.Sketch(AudioSettings(**models[0][1]["audio"]))
         watchers = [sketch.add]
@@ -305,7 +304,7 @@ def main():
         check_class_names(args.processed_dir, models[0][1])
     window_samples(AudioSettings(**models[0][1]["audio"]), args.window_seconds, args.hop_seconds)
     if args.mic:
-        import listen
+        from services import listen
 
         return listen.listen_to_microphone(lambda part: classify([part], models, raw=args.raw).mean, models[0][1])
     recordings = find_recordings(args.recordings)

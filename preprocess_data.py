@@ -27,8 +27,8 @@ import audio_reader
 import config
 import data_loader
 import front_end
-import hub
 import utils
+from services import hub
 from utils import UserError
 from workers import map_in_order
 

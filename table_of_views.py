@@ -18,9 +18,9 @@ from tqdm import tqdm
 import batches
 import config
 import data_loader
-import report
 import utils
 from model import VIEWS, AudioViews, find_model, folds_in, load_model
+from reports import report
 from utils import UserError
 
 CLIPS_AT_ONCE = 64

@@ -13,8 +13,8 @@ from pathlib import Path
 import soundfile
 
 import create_test_tone
-import sound_device
 import utils
+from services import sound_device
 from utils import UserError
 
 

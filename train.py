@@ -28,7 +28,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 
-import audit
 import batches
 import calibration
 import check_config
@@ -36,13 +35,12 @@ import checkpoint
 import config
 import data_loader
 import evaluate
-import hub
 import processes
-import publisher
-import tracking
 import utils
 from epoch import SCHEDULES, make_optimizer, predict_logits, targets_of, train_epoch, validate
 from model import MODELS, build_model, check_state, count_parameters, model_path, network_class, save_model, takes
+from research import audit
+from services import hub, publisher, tracking
 from utils import UserError
 
 FLAGS = (  # settings of config.py that the result depends on and that a flag overrides

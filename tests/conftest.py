@@ -32,11 +32,17 @@ def miniature(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_script():
-    """A function that runs a script: run_script("predict.py", "clip.wav") -> CompletedProcess, output as text."""
+    """A function that runs a script: run_script("predict.py", "clip.wav") -> CompletedProcess, output as text.
+
+    A script in a folder, as "research/audit.py", runs as a module from the root.
+    """
 
     def run(script, *arguments, env=None, **options):
-        command = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
-        env = {**os.environ, **(env or {})}
+        path = Path(script)
+        module = ".".join([path.parent.name, path.stem])
+        program = ["-m", module] if len(path.parts) == 2 else [str(REPOSITORY / script)]
+        command = [sys.executable, *program, *map(str, arguments)]
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **(env or {})}
         return subprocess.run(command, capture_output=True, text=True, env=env, **options)
 
     return run

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import answers
-from answers import Answer
+from reports import answers
+from reports.answers import Answer
 
 NAMES = ["dog_bark", "siren"]
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-import audit
 import batches
 import data_loader
 import model
 import utils
+from research import audit
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_permuted_class_mapping_in_the_model(assets):
 
 def test_permuted_class_mapping_in_the_data(assets, run_script):
     utils.save_pickle(assets / "data" / "class_mapping.pkl", {0: "siren", 1: "dog_bark"})
-    done = run_script("audit.py", "--assets_dir", assets)
+    done = run_script("research/audit.py", "--assets_dir", assets)
     assert done.returncode == 1
     assert "class_mapping" in done.stderr
 
@@ -141,6 +141,6 @@ def test_predictions_that_are_not_the_models(assets, change, named):
 
 
 def test_command_line(honest, run_script):
-    done = run_script("audit.py", "--assets_dir", honest)
+    done = run_script("research/audit.py", "--assets_dir", honest)
     assert done.returncode == 0
     assert done.stdout.startswith("audit: nothing found")

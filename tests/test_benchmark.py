@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-import benchmark
 import demo_data
-import timing
+from benchmarks import benchmark, timing
 
 
 def test_the_reference_computes_the_same_features(miniature):
@@ -33,7 +32,7 @@ def test_epochs_of_train_py_are_timed(tmp_path, capsys):
 def test_one_stage_as_json_and_as_a_table(run_script, tmp_path):
     for number in range(2):
         demo_data.write_clip(tmp_path / f"{number}.wav", np.full((800, 2), 0.1), 44_100, "PCM_16")
-    done = run_script("benchmark.py", "--stage", "preprocess", "--clips", tmp_path, "--json")
+    done = run_script("benchmarks/benchmark.py", "--stage", "preprocess", "--clips", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert "torch" in result["machine"]
@@ -45,6 +44,6 @@ def test_one_stage_as_json_and_as_a_table(run_script, tmp_path):
 
 
 def test_a_folder_without_clips_is_named(run_script, tmp_path):
-    done = run_script("benchmark.py", "--stage", "preprocess", "--clips", tmp_path)
+    done = run_script("benchmarks/benchmark.py", "--stage", "preprocess", "--clips", tmp_path)
     assert done.returncode == 2
     assert str(tmp_path) in done.stderr and "--clips" in done.stderr

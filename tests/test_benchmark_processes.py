@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import benchmark_processes
 import data_loader
+from benchmarks import benchmark_processes
 from utils import UserError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads memory from /proc")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import benchmark_step
+from benchmarks import benchmark_step
 
 
 def test_the_plain_network_is_the_same_function():

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn import metrics as reference
 
 import evaluate
-import report
+from reports import report
 from utils import UserError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluate.py"

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from untrained import write_model
 
-import explain
 import model
 from audio_settings import AudioSettings
 from batches import rows_of
 from model import AudioCNN, SharedAudioCNN, without_mean
+from reports import explain
 
 SMALL = AudioSettings(n_mels=16, fine_n_mels=4)
 
@@ -112,7 +112,7 @@ def test_every_network_shows_blocks_that_tell_half_seconds_apart(name):
 def test_command_line(random_data, scripts, tmp_path):
     random_data(tmp_path / "data")
     write_model(tmp_path / "models", 0)
-    done = scripts.run("explain", "--fold_num", 0, "--assets_dir", tmp_path)
+    done = scripts.run("reports.explain", "--fold_num", 0, "--assets_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     first, *rows = done.stdout.splitlines()
     assert first.startswith("8 clips of fold 0; masked")
@@ -125,7 +125,7 @@ def test_command_line(random_data, scripts, tmp_path):
         "the same shape elsewhere",
         "a tenth of the cells at random",
     ]
-    done = scripts.run("explain", "--fold_num", 5, "--assets_dir", tmp_path)
+    done = scripts.run("reports.explain", "--fold_num", 5, "--assets_dir", tmp_path)
     assert done.returncode == 2 and "--fold_num is one of 0" in done.stderr
 
 

@@ -15,10 +15,10 @@ import pytest
 import yaml
 from hub_server import USER
 
-import cards
 import data_loader
 import demo_data
 from data_loader import PROCESSED_FILES
+from services import cards
 from utils import UserError
 
 PROJECT = Path(data_loader.__file__).parent
@@ -181,7 +181,7 @@ def test_fetch_takes_one_commit_whatever_comes_in_between(server, processed, tmp
 
 
 def test_push_by_hand(server, processed, tmp_path):
-    command = PROJECT / "hub.py", "push", "--processed_dir", processed
+    command = "-m", "services.hub", "push", "--processed_dir", processed
     done = run(server, tmp_path, *command, HF_REPO_ID=REPO)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{server.endpoint}/{KEY}" in done.stdout
@@ -202,7 +202,7 @@ def check_upload_warning(outcome, folder, *words):
     returned, lines = outcome
     assert returned is False
     assert len(lines) == 1
-    for part in ("warning: ", *words, f"python hub.py push --processed_dir {folder}"):
+    for part in ("warning: ", *words, f"python -m services.hub push --processed_dir {folder}"):
         assert part in lines[0]
 
 
@@ -300,7 +300,7 @@ def test_fetch_refused_is_one_line_each_and_leaves_the_folder_alone(server, proc
         "me/often": ["too many requests; try again in 300 s", "[429"],
         "me/ill": ["the Hub is in trouble; try again later", "[500]"],
         "me/stalled": ["no answer for 1 s"],
-        "me/part": ["it lacks folds.pkl", "python hub.py push"],
+        "me/part": ["it lacks folds.pkl", "python -m services.hub push"],
         "me/other": ["n_mels is 64 there and 128 in config.py"],
         "me/list": ["features.json has no audio settings"],
         "me/broken": ["[404"],

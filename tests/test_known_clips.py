@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-import known_clips
+from reports import known_clips
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from untrained import write_model
 
 import audio_reader
 import data_loader
-import listen
 import predict
-from answers import BAR_WIDTH
 from model import load_model
+from reports.answers import BAR_WIDTH
+from services import listen
 from utils import UserError
 
 RATE = 100  # Hz; enough for what is tested without a network

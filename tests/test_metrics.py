@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-import metrics
+from reports import metrics
 
 
 def labels(seed, n_classes=6, clips=300):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import metrics
-import plots
+from reports import metrics, plots
 
 
 def results(class_names, folds=2, clips=40, seed=0, temperatures=None):

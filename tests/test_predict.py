@@ -16,15 +16,14 @@ import soundfile
 import torch
 from conftest import REPOSITORY
 
-import answers
 import audio_reader
 import batches
 import data_loader
 import front_end
 import model
-import plot_recording
 import predict
 import utils
+from reports import answers, plot_recording
 
 RATE = 22_050  # Hz; the models' own
 SLOW_TO_IMPORT = {

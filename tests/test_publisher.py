@@ -12,9 +12,8 @@ import pytest
 from conftest import REPOSITORY
 from hub_server import USER, HubServer
 
-import cards
 import demo_data
-import publisher
+from services import cards, publisher
 
 REPO = f"{USER}/sounds"
 TRAIN = ("train.py", "--batch_size", "8")
@@ -24,7 +23,7 @@ CLIENT = """
 import sys, time
 from pathlib import Path
 from types import SimpleNamespace
-import publisher
+from services import publisher
 root = Path(sys.argv[1])
 paths = SimpleNamespace(checkpoints=root / "checkpoints", models=root / "models", results=root / "results")
 with publisher.Publisher(paths) as models:
@@ -90,7 +89,7 @@ def test_ten_folds_in_few_commits_with_every_model_and_the_card(scripts, server,
     assert publisher.files_left(publisher.outbox_dir(tmp_path / "checkpoints")) == []
 
     commits = len(server.commits(REPO))
-    done = run(scripts, server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path)
+    done = run(scripts, server, tmp_path, "services.hub", "push", "--assets_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(server.commits(REPO)) == commits  # nothing twice
 
@@ -111,7 +110,7 @@ def test_ten_folds_in_few_commits_with_every_model_and_the_card(scripts, server,
 
 def test_a_fresh_folder_trains_from_the_data_set_it_fetched(scripts, server, tmp_path, data):
     own = {"HF_REPO_ID": f"{USER}/data", "HF_MODEL_REPO_ID": ""}
-    done = run(scripts, server, tmp_path, "hub.py", "push", "--processed_dir", data, **own)
+    done = run(scripts, server, tmp_path, "services.hub", "push", "--processed_dir", data, **own)
     assert done.returncode == 0, done.stderr
     flags = ["--epochs", "1", "--folds", "0"]
     done = run(scripts, server, tmp_path, *TRAIN, *flags, "--assets_dir", tmp_path / "fresh", **own)
@@ -169,7 +168,7 @@ def test_killed_run_and_push_end_with_the_same_content(scripts, server, tmp_path
                 break
     assert process.returncode == -signal.SIGKILL
     server.rules.clear()
-    done = run(scripts, server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path)
+    done = run(scripts, server, tmp_path, "services.hub", "push", "--assets_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     epochs = {(fold, epoch) for fold, last in ((0, 6), (1, 3)) for epoch in range(1, last + 1)}
     there = {f"checkpoints/fold_{fold}/epoch_{epoch}.safetensors" for fold, epoch in epochs}
@@ -225,10 +224,10 @@ def test_each_trouble_is_two_lines_and_push_sends_later(scripts, server, trained
     reason, left = done.stderr.splitlines()
     assert all(word in reason for word in words), reason
     assert reason.startswith("warning: ") and "The run goes on" in reason
-    assert "3 files are not on the Hub yet" in left and "python hub.py push" in left
+    assert "3 files are not on the Hub yet" in left and "python -m services.hub push" in left
     server.rules.clear()
     flags = left.split("push", 1)[1].split()
-    done = run(scripts, server, trained, "hub.py", "push", *flags)
+    done = run(scripts, server, trained, "services.hub", "push", *flags)
     assert done.returncode == 0, done.stderr
     assert set(sent(server)) == {
         "checkpoints/fold_0/epoch_1.safetensors",
@@ -282,7 +281,7 @@ def test_ctrl_c_ends_a_run_whose_uploads_stall(server, trained):
 def test_push_goes_on_without_a_report_of_folds_that_are_gone(scripts, server, trained):
     (trained / "results").mkdir()
     (trained / "results" / "results.json").write_text('{"per_fold": [{"fold": 0}]}')
-    done = run(scripts, server, trained, "hub.py", "push", "--assets_dir", trained)
+    done = run(scripts, server, trained, "services.hub", "push", "--assets_dir", trained)
     assert done.returncode == 0, done.stderr
     assert "the report and the card stay here" in done.stderr
     assert len(sent(server)) == 3 and "README.md" not in sent(server)
@@ -327,7 +326,7 @@ def test_without_the_file_offline_is_one_line(scripts, server, trained):
 
 
 def test_push_without_anything_says_so(scripts, server, tmp_path):
-    done = run(scripts, server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path)
+    done = run(scripts, server, tmp_path, "services.hub", "push", "--assets_dir", tmp_path)
     assert done.returncode == 2 and "nothing to send" in done.stderr
-    done = run(scripts, server, tmp_path, "hub.py", "push", "--assets_dir", tmp_path, HF_MODEL_REPO_ID="")
+    done = run(scripts, server, tmp_path, "services.hub", "push", "--assets_dir", tmp_path, HF_MODEL_REPO_ID="")
     assert done.returncode == 2 and "HF_MODEL_REPO_ID" in done.stderr

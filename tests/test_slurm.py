@@ -30,7 +30,7 @@ def slurm(tmp_path, data):
     def run(*flags, **variables):
         path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
         env = {**os.environ, "PATH": path, "ASSETS": str(tmp_path / "assets"), "ENVIRONMENT": "/nowhere", **variables}
-        command = ["bash", "slurm.sh", *flags]
+        command = ["bash", "research/slurm.sh", *flags]
         return subprocess.run(command, capture_output=True, text=True, env=env, cwd=REPOSITORY)
 
     return run

@@ -8,8 +8,8 @@ import pytest
 
 import config
 import evaluate
-import metrics
-import table_of_runs
+from reports import metrics
+from research import table_of_runs
 from utils import UserError
 
 
@@ -109,7 +109,7 @@ def test_command_line_on_trainings(data, scripts, run_script, tmp_path):
         done = scripts.run("train", *flags, "--assets_dir", tmp_path / f"short_s{seed}")
         assert done.returncode == 0, done.stderr
     folders = [tmp_path / "short_s0", tmp_path / "short_s1" / "results"]
-    done = run_script("table_of_runs.py", *folders, "--reference", folders[0])
+    done = run_script("research/table_of_runs.py", *folders, "--reference", folders[0])
     assert done.returncode == 0, done.stderr
     (row,) = rows_of(done.stdout)
     assert row["seeds"] == "2" and row["errors"] == "+0%"
@@ -117,7 +117,7 @@ def test_command_line_on_trainings(data, scripts, run_script, tmp_path):
     predictions = [evaluate.read_predictions(tmp_path / f"short_s{seed}" / "results") for seed in (0, 1)]
     product = predictions[0].probabilities * predictions[1].probabilities
     right = (product.argmax(axis=1) == predictions[0].true).mean()
-    (row,) = rows_of(run_script("table_of_runs.py", *folders, "--more").stdout)
+    (row,) = rows_of(run_script("research/table_of_runs.py", *folders, "--more").stdout)
     assert row["together"] == f"{100 * right:.1f} %"
     recordings = [
         json.loads((tmp_path / f"short_s{seed}" / "results" / "results.json").read_text())["recordings"]["accuracy"]

@@ -19,7 +19,7 @@ from warm_start import WarmScripts
 
 import check_config
 import config
-import tracking
+from services import tracking
 
 SETTINGS = ("--batch_size", "8", "--validation", "none")
 ROW = {"train_loss": 0.5, "validation_loss": None}
@@ -218,7 +218,7 @@ def test_resumed_fold_is_one_run_with_every_epoch_once(data, tmp_path, tracked_s
     wait_for(lambda: "epoch 2/4" in tracked_scripts.printed(), "no second epoch")
     os.kill(tracked_scripts.child, sent)
     tracked_scripts.wait()
-    for part in ("tracking.py", "wandb-core"):
+    for part in ("services.tracking", "wandb-core"):
         wait_for(lambda part=part: not processes("warm", part), f"{part} outlives its run")
     train(tracked_scripts, data, tmp_path, *flags)
     done = tracked_scripts.wait()
@@ -396,7 +396,7 @@ def test_sweep_runs_train_py_as_it_is(data, tmp_path, monkeypatch):
     """The agent's own code makes the command from sweep.yaml; the second point, as an agent runs it."""
     from wandb.sdk.launch.sweeps import utils as sweeps
 
-    sweep = sweeps.load_sweep_config(str(REPOSITORY / "sweep.yaml"))
+    sweep = sweeps.load_sweep_config(str(REPOSITORY / "research" / "sweep.yaml"))
     assert sweep["metric"]["name"] == "validation_accuracy_mean"
     monkeypatch.setenv("SWEEP_DATA", str(data))
     monkeypatch.setenv("SWEEP_DIR", str(tmp_path))
@@ -433,6 +433,6 @@ def test_flag_of_an_augmentation_setting_keeps_to_its_rule(run_script):
 def test_process_is_none_to_start_by_hand():
     if not shutil.which("script"):
         pytest.skip("no `script` to make a terminal")
-    command = ["script", "-qec", f"{sys.executable} {REPOSITORY / 'tracking.py'}", "/dev/null"]
+    command = ["script", "-qec", f"{sys.executable} -m services.tracking", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "error: train.py starts this file: set WANDB_PROJECT" in done.stdout + done.stderr

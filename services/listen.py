@@ -8,8 +8,8 @@ import collections
 
 import numpy as np
 
-import answers
-import sound_device
+from reports import answers
+from services import sound_device
 from utils import UserError
 
 HOP_SECONDS = 1.0  # s from one line to the next

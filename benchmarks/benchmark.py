@@ -1,9 +1,9 @@
 """Speed, as ratios to named references that are measured in the same run, on this machine.
 
-    python benchmark.py                                   # every stage, about three minutes on 2 cores
-    python benchmark.py --stage train                     # preprocess, train, predict or scale alone
-    python benchmark.py --clips ~/UrbanSound8K/audio      # preprocess published clips instead of synthetic ones
-    python benchmark.py --json                            # a JSON object instead of the table
+    python -m benchmarks.benchmark                                   # every stage, about three minutes on 2 cores
+    python -m benchmarks.benchmark --stage train                     # preprocess, train, predict or scale alone
+    python -m benchmarks.benchmark --clips ~/UrbanSound8K/audio      # preprocess published clips instead of synthetic ones
+    python -m benchmarks.benchmark --json                            # a JSON object instead of the table
 
 Prints a table: what was timed, its reference, both times, the ratio, and what is to be reached. Ours and the reference
 take turns, and each figure is the median of its turns: a machine that is busy with something else slows both. Nothing
@@ -37,14 +37,13 @@ import demo_data
 import front_end
 import predict
 import preprocess_data
-import publisher
-import tracking
 import train
 import utils
-from benchmark_step import CPU, STEPS, benchmark_losses, benchmark_step, new_networks, random_examples
+from benchmarks.benchmark_step import CPU, STEPS, benchmark_losses, benchmark_step, new_networks, random_examples
+from benchmarks.timing import REPOSITORY, format_row, machine, median_times, peak_memory, row, run_command
 from epoch import make_optimizer, train_step
 from model import find_model, load_model
-from timing import REPOSITORY, format_row, machine, median_times, peak_memory, row, run_command
+from services import publisher, tracking
 
 STAGES = ("preprocess", "train", "predict", "scale")
 EPOCH_CLIPS = 960  # training clips of the epochs whose overhead is measured

@@ -1,6 +1,6 @@
 """A training step of train.py against a plain loop over the same network: their speed and their losses.
 
-`python benchmark.py --stage train` runs it and prints its rows. The plain loop is what most tutorials have: float32,
+`python -m benchmarks.benchmark --stage train` runs it and prints its rows. The plain loop is what most tutorials have: float32,
 NCHW, DataLoader, Adam, nn.Dropout, and no setting of the allocator.
 """
 
@@ -21,9 +21,9 @@ import batches
 import config
 import utils
 from audio_settings import AudioSettings
+from benchmarks.timing import TURNS, median_times, row
 from epoch import make_optimizer, train_step
 from model import AudioCNN
-from timing import TURNS, median_times, row
 
 STEPS = 12  # training steps a turn
 COMPARED_STEPS = 50  # of the losses of ours and the plain loop

@@ -1,6 +1,6 @@
 """The Hugging Face Hub: the only file that knows it. Off until config.py or the environment names a repository.
 
-    python hub.py push        # send what HF_REPO_ID and HF_MODEL_REPO_ID lack, after a failed upload or a crash
+    python -m services.hub push        # send what HF_REPO_ID and HF_MODEL_REPO_ID lack, after a failed upload or a crash
 
 Stage 2 uploads the processed files to HF_REPO_ID by itself, and stage 3 fetches them where they are missing; stage 3
 uploads models to HF_MODEL_REPO_ID (publisher.py), and stage 4 fetches them. Prints one line: the address, or what
@@ -16,11 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import cards
 import config
 import data_loader
 import utils
 from data_loader import PROCESSED_FILES
+from services import cards
 from utils import UserError
 
 ANSWER_SECONDS = 30  # s without a byte from the network until a request has failed; HF_HUB_DOWNLOAD_TIMEOUT overrides
@@ -202,7 +202,7 @@ def upload_processed(folder, repo_id, private=config.HF_PRIVATE):
     except UserError as error:
         print(
             f"warning: {error}. The run goes on; to send the files later: "
-            f"python hub.py push --processed_dir {shlex.quote(str(folder))}",
+            f"python -m services.hub push --processed_dir {shlex.quote(str(folder))}",
             file=sys.stderr,
         )
         return False
@@ -241,7 +241,9 @@ def fetch_processed(folder, repo_id):
         info = api.dataset_info(repo_id, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}  # bytes
         if missing := [name for name in PROCESSED_FILES if name not in sizes]:
-            raise UserError(f"it lacks {', '.join(missing)}; send it again (python hub.py push), or preprocess here")
+            raise UserError(
+                f"it lacks {', '.join(missing)}; send it again (python -m services.hub push), or preprocess here"
+            )
         total = sum(sizes[name] for name in PROCESSED_FILES)
         print(f"fetching {_amount(total)} of the data set {repo_id} (commit {info.sha[:8]}) -> {folder}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -351,7 +353,7 @@ def main():
     if config.HF_REPO_ID:
         push_processed(paths.processed, config.HF_REPO_ID)
     if config.HF_MODEL_REPO_ID:
-        import publisher
+        from services import publisher
 
         publisher.push(paths, config.HF_MODEL_REPO_ID)
 

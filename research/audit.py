@@ -1,7 +1,7 @@
 """Can the numbers be trusted? Look for leaks in the processed data and in the results of a training.
 
-    python audit.py                                  # everything in the assets folder
-    python audit.py --processed_dir DATA --assets_dir ~/sweep/lr1e-3
+    python -m research.audit                                  # everything in the assets folder
+    python -m research.audit --processed_dir DATA --assets_dir ~/sweep/lr1e-3
 
 Prints one line a finding, or 'nothing found' with what was looked at; exit status 1 if there is a finding. train.py
 ends with the same checks:

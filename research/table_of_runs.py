@@ -1,8 +1,8 @@
 """One table out of many trainings: what each recipe gives over its seeds, and how many errors fewer than another.
 
-    python table_of_runs.py ../runs/*                           # assets folders, or their results/
-    python table_of_runs.py ../runs/* --reference ../runs/plain_s0
-    python table_of_runs.py ../runs/* --more                    # and what accuracy over clips leaves out
+    python -m research.table_of_runs ../runs/*                           # assets folders, or their results/
+    python -m research.table_of_runs ../runs/* --reference ../runs/plain_s0
+    python -m research.table_of_runs ../runs/* --more                    # and what accuracy over clips leaves out
 
 Runs whose settings differ in the seed alone are one row: accuracy of each fold (mean of the seeds), their mean with the
 standard deviation over the seeds, and the share of the reference's errors that are gone. Rows are sorted by accuracy.
@@ -20,8 +20,8 @@ import numpy as np
 
 import config
 import evaluate
-import report
 import utils
+from reports import report
 from utils import UserError
 
 

@@ -1,7 +1,7 @@
 """What training makes, on its way to a model repository of the Hugging Face Hub. Off until HF_MODEL_REPO_ID names one.
 
 train.py adds files, and one background thread sends what waits in one commit: every HF_COMMIT_MINUTES, and at the end
-of a fold and of the run. `python hub.py push` sends what a run could not.
+of a fold and of the run. `python -m services.hub push` sends what a run could not.
 
     checkpoints/outbox/waiting/<name>    to be sent under this name; a newer version replaces it
     checkpoints/outbox/sending/<name>    taken for a commit; waits on if that fails
@@ -18,13 +18,12 @@ import threading
 import time
 from pathlib import Path
 
-import cards
 import checkpoint
 import config
 import evaluate
-import hub
 import utils
 from model import model_path
+from services import cards, hub
 from utils import UserError
 
 FIRST_PAUSE = 1  # s after a failure; each further one takes twice as long
@@ -199,7 +198,7 @@ class Publisher:
                 shlex.quote(str(path)) for path in (self.paths.checkpoints, self.paths.models, self.paths.results)
             ]
             print(
-                f"warning: {len(left)} files are not on the Hub yet ({names}); to send them: python hub.py push "
+                f"warning: {len(left)} files are not on the Hub yet ({names}); to send them: python -m services.hub push "
                 "--checkpoint_dir {} --model_dir {} --results_dir {}".format(*folders),
                 file=sys.stderr,
             )

@@ -6,8 +6,8 @@ A card has no date, so that the same files give the same card and nothing to sen
 import json
 
 import data_loader
-import report
 import utils
+from reports import report
 
 URBANSOUND_CLIPS = 8732
 MINIATURE_FSID = 900_000  # the miniature's first Freesound id (demo_data.py); UrbanSound8K's last is 209992

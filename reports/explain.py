@@ -1,7 +1,7 @@
 """What does a decision hang on? Grad-CAM of a clip, and a check that it finds what matters.
 
     python predict.py recording.wav --explain why.png     # the picture
-    python explain.py --fold_num 0                        # the check, on the clips that fold 0 tests
+    python -m reports.explain --fold_num 0                        # the check, on the clips that fold 0 tests
 
 The check masks the tenth of each spectrogram that Grad-CAM rates highest, and as much of it chosen at random, and
 prints by how much the confidence in the class falls. A map that means something makes it fall more than chance does.

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 import batches
-import explain
 import front_end
-import plots
+from reports import explain, plots
 
 MOST_COLUMNS = 2000  # of a picture; more frames are averaged
 TICKS_MINUTES = (0.5, 1, 2, 5, 10, 30, 60, 120)

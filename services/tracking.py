@@ -33,6 +33,7 @@ from utils import UserError
 FINISH_SECONDS = 60  # s that a finished (or killed) run waits for the last uploads
 MISTAKES_SHOWN = 20  # wrongly classified clips in a fold's table
 SAID = 3  # exit status of the process where it has told what failed
+ROOT = Path(__file__).resolve().parent.parent
 WITHOUT = "The run goes on without it"
 # wandb's own settings, as its environment variables: what is set already stands. Nothing is collected but what is sent.
 DEFAULTS = {
@@ -135,10 +136,10 @@ class Tracker:
     def _tell(self, what, **details):
         if self.is_on and self.process is None:
             with self._going_on():
-                command = [sys.executable, str(Path(__file__).absolute())]
+                command = [sys.executable, "-m", "services.tracking"]
                 # A session of its own: Ctrl-C in the terminal is for train.py.
                 self.process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=self.stdout, start_new_session=True
+                    command, stdin=subprocess.PIPE, stdout=self.stdout, start_new_session=True, cwd=ROOT
                 )
                 threading.Thread(target=feed, args=(self.process.stdin, self.messages), daemon=True).start()
         if self.is_on:

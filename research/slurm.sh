@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on a cluster that runs Slurm. Edit the lines marked so, then one of the two:
-#   sbatch --array=0-9 slurm.sh                    # a job for each fold, which starts wherever there is room
-#   sbatch --nodes=2 --gpus-per-node=4 slurm.sh    # one job: torchrun shares the folds out over all its GPUs
+#   sbatch --array=0-9 research/slurm.sh                    # a job for each fold, which starts wherever there is room
+#   sbatch --nodes=2 --gpus-per-node=4 research/slurm.sh    # one job: torchrun shares the folds out over all its GPUs
 # A job that was stopped goes on when the same line is submitted again.
 #SBATCH --job-name=urbansound
 #SBATCH --ntasks-per-node=1

@@ -1,8 +1,8 @@
 """What more processes bring, and what larger data costs: wall time, speed-up and memory, on this machine.
 
-    python benchmark_processes.py                                   # folds and memory, about 25 minutes on 2 cores
-    python benchmark_processes.py --stage folds --processes 1,2,4   # train.py by torchrun with so many processes
-    python benchmark_processes.py --stage memory --clips 2000,200000
+    python -m benchmarks.benchmark_processes                                   # folds and memory, about 25 minutes on 2 cores
+    python -m benchmarks.benchmark_processes --stage folds --processes 1,2,4   # train.py by torchrun with so many processes
+    python -m benchmarks.benchmark_processes --stage memory --clips 2000,200000
 
 Prints a table for each stage. Memory is that of a command with all its processes at its peak: `own` is what they hold
 by themselves, `mapped` what the system keeps for them of files and takes back when it needs room; what several share
@@ -24,11 +24,11 @@ import numpy as np
 
 import data_loader
 import demo_data
-import report
 import utils
+from reports import report
 from utils import UserError
 
-REPOSITORY = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 STAGES = ("folds", "memory")
 FOLDS_CLIPS = 4_000
 FOLDS = "0-3"

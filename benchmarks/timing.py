@@ -12,7 +12,7 @@ import torch
 
 import utils
 
-REPOSITORY = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parent.parent
 TURNS = 5  # of ours and the reference; each figure is the median
 
 
