@@ -1,12 +1,10 @@
-"""The processed files of the data set, which preprocess_data.py writes and training reads, and the data set's table.
+"""The data set's table, the processed files, folds and splits.
 
-Nothing here imports torch or scipy: the preprocessing workers import this file, too.
+preprocess_data.py writes the processed files and training reads them. Nothing here imports torch.
 """
 
-import collections
 import concurrent.futures
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import os
@@ -15,93 +13,103 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from audio import AudioSettings
 
 import utils
-from audio_settings import AudioSettings
 from utils import UserError
 
 # --- The data set's table ----------------------------------------------------------------------------------------
 
 CLIP_COLUMNS = ["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]
+MAX_FOLD = 10
+MAX_NAME = 255  # bytes of a file name
 
 
 def read_clip_table(path):
-    """Return the rows of UrbanSound8K.csv (or clips.csv) as dicts of strings, in file order, with fold and classID int.
+    """Return the rows of UrbanSound8K.csv (or clips.csv) as a DataFrame, in file order.
 
-    UserError names the row (as an editor counts lines) and what is wrong with it: a missing column, a fold outside
-    1 to 10, a classID with two names, a clip listed twice, a file name that leaves its folder.
+    fold and classID are int64, all other columns text as it stands in the file. UserError names the line (as an editor
+    counts them) and what is wrong with it: a missing column, a fold outside 1 to 10, a classID with two names, a clip
+    listed twice, a file name that leaves its folder.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no metadata at {path}: run python download_data.py, or name the data set's folder")
-    clips, names, lines = [], {}, {}
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if missing := [column for column in CLIP_COLUMNS if column not in (reader.fieldnames or [])]:
-                raise UserError(f"{path} lacks the column {', '.join(missing)}: it must have {', '.join(CLIP_COLUMNS)}")
-            for clip in reader:
-                where = f"{path}, line {reader.line_num}"
-                _check_row(clip, where)
-                name, class_id = clip["slice_file_name"], clip["classID"]
-                if name in lines:
-                    raise UserError(f"{where}: {name} is listed already on line {lines[name]}")
-                if names.setdefault(class_id, clip["class"]) != clip["class"]:
-                    raise UserError(f"{where}: classID {class_id} is {clip['class']!r}, but {names[class_id]!r} above")
-                lines[name] = reader.line_num
-                clips.append(clip)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a table of comma-separated values in UTF-8 ({error}): get it again") from error
-    if len(set(names.values())) != len(names):
-        raise UserError(f"{path}: one class name has several classIDs: {dict(sorted(names.items()))}")
-    if not clips:
-        raise UserError(f"{path} lists no clips")
+        clips = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, index_col=False)
+    except (ValueError, pd.errors.ParserError) as error:
+        reason = utils.one_line(error)
+        raise UserError(f"{path} is not a table of comma-separated values in UTF-8 ({reason}): get it again") from error
+    if missing := [column for column in CLIP_COLUMNS if column not in clips]:
+        raise UserError(f"{path} lacks the column {', '.join(missing)}: it must have {', '.join(CLIP_COLUMNS)}")
+    if clips.empty:
+        raise UserError(f"{path} lists no clips: get it again")
+    clips = clips.astype(dict.fromkeys(CLIP_COLUMNS, object))
+    for column in ("fold", "classID"):
+        check_rows(path, clips[column], clips[column].str.fullmatch(r"\s*\d{1,9}\s*"), "is not a whole number")
+        clips[column] = clips[column].astype(np.int64)
+    check_rows(path, clips["fold"], clips["fold"].between(1, MAX_FOLD), f"is outside 1 to {MAX_FOLD}")
+    names = clips["slice_file_name"]
+    check_rows(path, names, names.map(is_file_name), "is not a plain file name")
+    check_rows(path, names, ~names.duplicated(), "is listed already")
+    check_rows(path, clips["class"], clips["class"].map(lambda name: bool(name) and name.isprintable()), "is no name")
+    first_name = clips.groupby("classID")["class"].transform("first")
+    check_rows(path, clips["class"], clips["class"] == first_name, "has a classID that has a different class above")
+    if clips.groupby("class")["classID"].nunique().max() > 1:
+        raise UserError(f"{path}: one class name has several classIDs: {class_mapping(clips)}")
     return clips
 
 
-def _check_row(clip, where):
-    """Make fold and classID of one row int. UserError for what is wrong with the row by itself."""
-    if None in clip or None in clip.values():  # csv's sign for columns too many or too few
-        raise UserError(f"{where} has more or fewer columns than the first line")
-    for column in ("fold", "classID"):
-        if not re.fullmatch(r"\s*\d{1,9}\s*", clip[column]):
-            raise UserError(f"{where}: {column} {clip[column]!r} is not a whole number")
-        clip[column] = int(clip[column])
-    if not 1 <= clip["fold"] <= 10:
-        raise UserError(f"{where}: fold {clip['fold']} is outside 1 to 10")
-    name = clip["slice_file_name"]
-    if name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", name) or len(name.encode()) > 255:
-        raise UserError(f"{where}: {name[:300]!r} is not a plain file name")
-    if not clip["class"] or not clip["class"].isprintable():
-        raise UserError(f"{where}: {clip['class']!r} is not a class name")
+def check_rows(path, column, is_right, fault):
+    """Raise a UserError that names the first row of a column that is not right, with its line in the file."""
+    if not is_right.all():
+        row = int(np.argmin(is_right.to_numpy(dtype=bool)))
+        value = utils.one_line(column.iloc[row])
+        raise UserError(f"{path}, line {row + 2}: {column.name} {value!r} {fault}: correct the table")
+
+
+def is_file_name(name):
+    """Return whether a text is the plain name of a file, which can't leave its folder."""
+    return name not in ("", ".", "..") and not re.search(r"[/\\\x00-\x1f]", name) and len(name.encode()) <= MAX_NAME
+
+
+def class_mapping(clips):
+    """Return {classID: class name}, in the order of classID."""
+    pairs = clips[["classID", "class"]].drop_duplicates().sort_values("classID")
+    return {int(class_id): name for class_id, name in pairs.itertuples(index=False)}
+
+
+def names_digest(clips, indices):
+    """Return a short hash of the file names of the clips at `indices`, whatever their order."""
+    names = sorted(clips["slice_file_name"].iloc[indices])
+    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
 
 
 # --- Processed files ---------------------------------------------------------------------------------------------
 
 PROCESSED_FILES = ["features.pkl", "labels.pkl", "folds.pkl", "class_mapping.pkl", "clips.csv", "features.json"]
-
-
-CHECKED_BYTES = 1 << 24  # of the data, a thread at a time
+CHECKED_BYTES = 1 << 24  # of the features, checked by one thread at a time
 
 
 @dataclasses.dataclass
 class Processed:
-    """The processed data set: everything that training needs, in the order of clips.csv."""
+    """The processed data set: all that training needs, in the order of clips.csv."""
 
-    features: np.ndarray  # (clips, rows, n_frames) log-mel in dB
+    features: np.ndarray  # (clips, n_mels, n_frames) log-mel in dB
     labels: np.ndarray  # (clips,) int64 classID
     folds: np.ndarray  # (clips,) int64, 1 to 10
     class_names: dict  # {classID: class name}
-    clips: list  # metadata rows
+    clips: pd.DataFrame  # (clips, columns) of the metadata
     audio: AudioSettings
     info: dict  # features.json
 
 
 def save_processed(folder, features, clips, audio, source, left_out=()):
-    """Write the processed files of a data set. features.json goes first out and last in: it marks a complete set.
+    """Write the processed files. features.json is removed first and written last: it marks a complete set.
 
-    features: (clips, rows, n_frames); clips: metadata rows in the same order, as from `read_clip_table`; source: name
-    of the data set; left_out: names of clips that its metadata lists and the files lack.
+    features: (clips, n_mels, n_frames); clips: DataFrame in the same order; source: name of the data set; left_out:
+    names of clips that its metadata lists and the files lack.
     """
     with features_writer(folder, audio) as append:
         append(features)
@@ -110,7 +118,7 @@ def save_processed(folder, features, clips, audio, source, left_out=()):
 
 @contextlib.contextmanager
 def features_writer(folder, audio):
-    """Write a folder's features.pkl as the clips come: gives a function that appends features (n, rows, n_frames).
+    """Write a folder's features.pkl clip by clip: gives a function that appends features (n, n_mels, n_frames).
 
     If the block fails, the folder stays as it was. If it ends well, `save_tables` must follow.
     """
@@ -121,17 +129,15 @@ def features_writer(folder, audio):
 
 
 def save_tables(folder, clips, audio, source, left_out):
-    """Write the processed files beside a new features.pkl; the arguments are `save_processed`'s."""
+    """Write the processed files beside a new features.pkl; the arguments are those of `save_processed`."""
     folder = Path(folder)
     features = load_features(folder)
-    labels, folds = (np.array([clip[column] for clip in clips], np.int64) for column in ("classID", "fold"))
+    labels, folds = (clips[column].to_numpy(np.int64) for column in ("classID", "fold"))
     utils.save_pickle(folder / "labels.pkl", labels)
     utils.save_pickle(folder / "folds.pkl", folds)
     utils.save_pickle(folder / "class_mapping.pkl", class_mapping(clips))
     with utils.atomic_write(folder / "clips.csv", "w") as file:
-        writer = csv.DictWriter(file, CLIP_COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(clips)
+        clips[CLIP_COLUMNS].to_csv(file, index=False, lineterminator="\n")
     info = {
         "clips": len(clips),
         "shape": list(features.shape),
@@ -144,52 +150,36 @@ def save_tables(folder, clips, audio, source, left_out):
 
 
 def load_features(folder):
-    """Return the features in a folder: in memory as far as they are used, and once for all processes of a machine."""
+    """Return the features in a folder, mapped: read as they are used, and once for all processes of a machine."""
     return utils.load_pickle(Path(folder) / "features.pkl", memory_map=True)
 
 
-def class_mapping(clips):
-    """Return {classID: class name}, in the order of classID, as the metadata's rows have it."""
-    return dict(sorted({clip["classID"]: clip["class"] for clip in clips}.items()))
-
-
-def count_clips(clips):
-    """Return (the folds present, {class name: its clips in each of them}), in the order of fold and classID."""
-    folds = sorted({clip["fold"] for clip in clips})
-    counts = collections.Counter((clip["class"], clip["fold"]) for clip in clips)
-    return folds, {name: [counts[name, fold] for fold in folds] for name in class_mapping(clips).values()}
-
-
 def fingerprint(features, labels, folds):
-    """Return a short hash of the data, so that a resumed training notices other data under the same path.
+    """Return a short hash of the data, so that a resumed training notices different data under the same path.
 
-    A hash of the CRC-32 of its parts: it finds damage and other data, not forgery. Threads share the parts, so that
-    checking takes half the time of reading.
+    A hash of the CRC-32 of its parts: it finds damage and different data, not forgery. Threads share the parts.
     """
     parts = []
     for array in (features, np.asarray(labels, np.int64), np.asarray(folds, np.int64)):
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         parts += [content[start : start + CHECKED_BYTES] for start in range(0, content.size, CHECKED_BYTES)]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        checksums = list(pool.map(zlib.crc32, parts))  # which lets other threads run meanwhile
+        checksums = list(pool.map(zlib.crc32, parts))  # lets other threads run meanwhile
     return hashlib.blake2b(repr(checksums).encode(), digest_size=8).hexdigest()
 
 
 def load_processed(folder):
-    """Return the Processed data set in a folder. UserError says what is missing, damaged or at odds, and the remedy."""
+    """Return the Processed data set in a folder. UserError says what is missing, damaged or differs, and the remedy."""
     folder = Path(folder)
-    missing = [name for name in PROCESSED_FILES if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in PROCESSED_FILES if not (folder / name).is_file()]:
         raise UserError(f"{folder} lacks {', '.join(missing)}: run python preprocess_data.py (or fix --processed_dir)")
     info = read_info(folder)
+    check_audio_settings(info["audio"])
+    audio = AudioSettings()
     features = load_features(folder)
     labels, folds, names = (utils.load_pickle(folder / name) for name in PROCESSED_FILES[1:4])
     clips = read_clip_table(folder / "clips.csv")
     remedy = f"{folder} is not one complete set: run python preprocess_data.py --overwrite"
-    try:
-        audio = AudioSettings(**info["audio"])
-    except (TypeError, UserError) as error:
-        raise UserError(f"{folder / 'features.json'} has audio settings that can't be: {error}. {remedy}") from error
     for name, array, dtype in (
         ("features.pkl", features, audio.feature_dtype),
         ("labels.pkl", labels, "int64"),
@@ -199,13 +189,13 @@ def load_processed(folder):
             raise UserError(f"{folder / name} does not hold an array of {dtype}. {remedy}")
     if (
         features.shape != (len(clips), *audio.shape)
-        or [clip["classID"] for clip in clips] != labels.tolist()
-        or [clip["fold"] for clip in clips] != folds.tolist()
+        or clips["classID"].tolist() != labels.tolist()
+        or clips["fold"].tolist() != folds.tolist()
         or class_mapping(clips) != names
     ):
         raise UserError(f"{remedy} (features, labels, folds, class_mapping and clips.csv differ)")
     if fingerprint(features, labels, folds) != info.get("fingerprint"):
-        raise UserError(f"{remedy} (features.pkl has other values than features.json says)")
+        raise UserError(f"{remedy} (features.pkl has different values than features.json says)")
     return Processed(features, labels, folds, class_mapping(clips), clips, audio, info)
 
 
@@ -223,14 +213,62 @@ def read_info(folder):
 
 def check_audio_settings(audio):
     """Raise a UserError that names each setting in which `audio`, a dict of features.json, is not config.py's."""
-    wanted = dataclasses.asdict(AudioSettings())
+    if "fine_frames" in audio:
+        raise UserError(
+            "the processed files are of an earlier version, with two spectrograms a clip: "
+            "run python preprocess_data.py --overwrite"
+        )
+    expected = dataclasses.asdict(AudioSettings())
     differences = [
-        f"{name} is {audio.get(name)!r} there and {value!r} in config.py"
-        for name, value in wanted.items()
-        if audio.get(name) != value
+        f"{name} is {utils.one_line(audio.get(name))} there and {expected.get(name)!r} in config.py"
+        for name in {**expected, **audio}
+        if audio.get(name) != expected.get(name)
     ]
     if differences:
         raise UserError(
-            f"the processed files have other audio settings: {'; '.join(differences)}. "
+            f"the processed files have different audio settings: {'; '.join(differences[:4])}. "
             "Run python preprocess_data.py --overwrite, or set config.py back"
         )
+
+
+# --- Folds -------------------------------------------------------------------------------------------------------
+
+
+def split(folds, test_fold, validation):
+    """Return the clip indices (training, validation, test) for one test fold.
+
+    folds: (clips,) the data set's fold of each clip; test_fold: one of them; validation: a value of VALIDATION, which
+    config.py explains; "none" gives no validation indices. UserError if no clip is left to train on or to test.
+    """
+    present = sorted(set(folds.tolist()))
+    if test_fold not in present:
+        raise UserError(f"fold {test_fold - 1} has no clips; the folds present are {[fold - 1 for fold in present]}")
+    test = folds == test_fold
+    if validation == "next_fold":
+        held_out = folds == present[(present.index(test_fold) + 1) % len(present)]
+    else:
+        held_out = test if validation == "test_fold" else np.zeros_like(test)
+    training = ~test & ~held_out
+    if not training.any():
+        needed = 3 if validation == "next_fold" else 2
+        remedy = "add folds" if len(present) < 2 else "add folds, or take --validation none"
+        raise UserError(f"validation {validation!r} needs at least {needed} folds, not {len(present)}: {remedy}")
+    return tuple(np.flatnonzero(mask) for mask in (training, held_out, test))
+
+
+def band_statistics(features, indices):
+    """Return (mean, std) of each mel band over the clips at `indices`, both (n_mels,) float32, in dB.
+
+    One clip at a time in float64, so that no copy of the features is made. A network normalises with them; they come
+    from training clips alone.
+    """
+    total = np.zeros(features.shape[1])
+    squares = np.zeros(features.shape[1])
+    for index in indices:
+        clip = features[index].astype(np.float64)  # (n_mels, n_frames)
+        total += clip.sum(axis=1)
+        squares += (clip**2).sum(axis=1)
+    count = len(indices) * features.shape[2]
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return mean.astype(np.float32), np.maximum(std, 1e-3).astype(np.float32)  # a constant band stays finite

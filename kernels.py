@@ -1,7 +1,10 @@
-"""The loops behind layers.py, compiled by Numba: norm, max-pooling, ReLU and dropout in one go.
+"""A faster form of the network's convolution block, for training on CPUs: the same numbers to rounding.
 
-Each of these layers by itself reads and writes the largest tensors of the network, and nearly all its time is waiting
-for memory. Here a batch is read twice forward and twice backward. Between reading and writing all is float32.
+    config.FAST_BLOCKS = False        # trains with the plain modules instead
+
+Norm, max-pooling, ReLU and dropout each read and write the largest tensors of the network, and nearly all their time
+is waiting for memory. Here the four are one step in loops that Numba compiles: a batch is read twice forward and twice
+backward. Between reading and writing all is float32. model.py asks `fits` and calls `fast_block`; nothing else does.
 
 Arrays are (images, height, width, channels), the order of memory in channels_last; bfloat16 comes as its bits, uint16.
 Each number of channels and window has loops of its own, compiled at their first use (some seconds) and kept in
@@ -15,8 +18,135 @@ import numba
 import numpy as np
 import torch
 from numba.extending import overload
+from torch import nn
 
-NOWHERE = 255  # in `places`: ReLU or dropout gave zero, and no gradient passes
+NOWHERE = 255  # in `winners`: ReLU or dropout gave zero, and no gradient passes
+
+
+# --- What model.py calls -----------------------------------------------------------------------------------------
+
+
+def fits(block, x):
+    """Return whether `fast_block` computes what a block's own modules compute for x (B, C, height, width).
+
+    The modules must be exactly the types and options it knows: after any edit of the block the edit is what trains.
+    """
+    kinds = nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU, nn.Dropout
+    modules = list(block)
+    if [type(module) for module in modules] != list(kinds) or not modules[1].affine or has_hooks(block):
+        return False
+    convolution, norm, pool, _, dropout = modules
+    size = pool.kernel_size
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and convolution.weight.dtype == norm.weight.dtype == torch.float32
+        and all(module.training for module in modules)
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and isinstance(size, tuple)
+        and size[0] * size[1] < NOWHERE
+        and (pool.stride, pool.padding, pool.dilation, pool.ceil_mode) == (size, 0, 1, False)
+        and not pool.return_indices
+        and dropout.p < 1
+    )
+
+
+def has_hooks(block):
+    return any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in block)
+
+
+def fast_block(block, x):
+    """Return what the block's modules give for x, (B, C_in, height, width), in training."""
+    convolution, norm, pool, _, dropout = block
+    x = convolution(x)
+    return NormPoolReLUDropout.apply(x, norm.weight, norm.bias, norm, pool.kernel_size, dropout.p)
+
+
+class NormPoolReLUDropout(torch.autograd.Function):
+    """BatchNorm2d (its weight and bias, and itself), max-pooling, ReLU and dropout of x (B, C, height, width).
+
+    With z = (x - mean) / std of each channel over the batch, and s = 1 / (1 - dropout), the output is that of the
+    affine function s * (weight * z + bias) = scale * x + offset, pooled, cut at 0 and masked. So is the gradient g that
+    comes back to it, in few cells, and the one for x is (Ioffe and Szegedy 2015, arXiv:1502.03167; n values a channel)
+        scale * (g - sum(g) / n - z * sum(g * z) / n)
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, norm, pool, dropout):
+        x = x.contiguous(memory_format=torch.channels_last)
+        images, channels, height, width = x.shape
+        n = images * height * width
+        ctx.loops = loops(channels, *pool)
+        statistics, forward, *_ = ctx.loops
+        shift = norm.running_mean.numpy().copy()  # near the mean, so that the variance keeps its digits
+        sums = np.zeros((images, 2, channels), np.float32)
+        over_images(statistics, memory(x), shift, sums)
+        first, second = sums.sum(axis=0, dtype=np.float64) / n
+        mean, variance = shift + first, np.maximum(second - first**2, 0)
+        std = np.sqrt(variance + norm.eps)
+        note_statistics(norm, mean, variance * n / (n - 1))
+
+        share = min(round(dropout * 65536), 65535) / 65536  # of the outputs, dropped
+        scale = weight.detach().numpy() / std / (1 - share)
+        offset = bias.detach().numpy() / (1 - share) - mean * scale
+        pooled = images, height // pool[0], width // pool[1], channels
+        y = torch.empty(pooled, dtype=x.dtype).permute(0, 3, 1, 2)  # channels last
+        winners = np.empty(pooled, np.uint8)
+        minimum = np.int16(65536 * share - 32768)  # of the random numbers that keep an output
+        over_images(forward, memory(x), *floats(scale, offset), random_numbers(pooled), minimum, memory(y), winners)
+        ctx.save_for_backward(x)
+        ctx.rest = winners, mean, std, scale, share
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        winners, mean, std, scale, share = ctx.rest
+        *_, gradient_sums, backward = ctx.loops
+        images, channels, height, width = x.shape
+        n = images * height * width
+        gradient = memory(gradient.contiguous(memory_format=torch.channels_last))
+        sums = np.zeros((images, 2, channels), np.float32)
+        over_images(gradient_sums, gradient, memory(x), winners, *floats(mean), sums)
+        total, projection = sums.sum(axis=0, dtype=np.float64)
+        projection /= std  # sum(g * z)
+        slope = -scale * projection / n / std
+        offset = -scale * total / n - slope * mean
+        x_gradient = torch.empty_like(x)
+        over_images(backward, gradient, memory(x), winners, *floats(scale, slope, offset), memory(x_gradient))
+        of_weight, of_bias = (torch.from_numpy(row) for row in floats(projection / (1 - share), total / (1 - share)))
+        return x_gradient, of_weight, of_bias, None, None, None
+
+
+def note_statistics(norm, mean, variance):
+    """Move a BatchNorm2d's running statistics as it does itself."""
+    norm.running_mean.lerp_(torch.from_numpy(mean).float(), norm.momentum)
+    norm.running_var.lerp_(torch.from_numpy(variance).float(), norm.momentum)
+    norm.num_batches_tracked += 1
+
+
+def random_numbers(shape):
+    """Return int16 over its whole range. They follow from torch's own seed, as nn.Dropout's masks do.
+
+    64 random bits give four. `bernoulli_` of nn.Dropout runs on one thread of a CPU and took a quarter of a step.
+    """
+    seed = torch.empty((), dtype=torch.int64).random_().item()
+    count = int(np.prod(shape))
+    return np.random.SFC64(seed).random_raw((count + 3) // 4).view(np.int16)[:count].reshape(shape)
+
+
+def memory(x):
+    """Return the numbers of a tensor (B, C, height, width), channels last, as they lie: (B, height, width, C)."""
+    x = x.detach().permute(0, 2, 3, 1)
+    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def floats(*rows):
+    return [row.astype(np.float32) for row in rows]
+
+
+# --- The loops --------------------------------------------------------------------------------------------------
 
 
 def compiled(function):
@@ -55,8 +185,8 @@ def _from_float(number, like):
 
 
 @functools.cache
-def kernels(channels, pool_height, pool_width):
-    """Return the four loops (statistics, forward, gradient_sums, backward) for one shape of ConvBlock.
+def loops(channels, pool_height, pool_width):
+    """Return the four loops (statistics, forward, gradient_sums, backward) for one shape of block.
 
     The inner loops run over the channels, which lie side by side; their number is a constant, so that they become a few
     vector instructions.
@@ -80,17 +210,17 @@ def kernels(channels, pool_height, pool_width):
                     sums[image, 1, channel] += second[channel]
 
     @compiled
-    def forward(x, scale, offset, random, least, y, places):
-        """Fill y with the largest scale * x + offset of each window; with 0 if that is less, or `random` below `least`.
+    def forward(x, scale, offset, random, minimum, y, winners):
+        """Fill y with the largest scale * x + offset of each window; with 0 if that is less, or if `random` < minimum.
 
-        places: gets where in its window the largest is, row by row, or NOWHERE.
+        winners: gets the index of the largest in its window, row by row, or NOWHERE.
         """
-        best, place = np.empty(channels, np.float32), np.empty(channels, np.int32)
+        best, winner = np.empty(channels, np.float32), np.empty(channels, np.int32)
         for image in range(y.shape[0]):
             for row in range(y.shape[1]):
                 for column in range(y.shape[2]):
                     best[:] = 0
-                    place[:] = NOWHERE
+                    winner[:] = NOWHERE
                     for down in range(pool_height):
                         for right in range(pool_width):
                             here = np.int32(down * pool_width + right)
@@ -99,15 +229,15 @@ def kernels(channels, pool_height, pool_width):
                                 value = to_float(cell[channel]) * scale[channel] + offset[channel]
                                 is_larger = not value <= best[channel]  # so that NaN is not lost
                                 best[channel] = value if is_larger else best[channel]
-                                place[channel] = here if is_larger else place[channel]
+                                winner[channel] = here if is_larger else winner[channel]
                     for channel in range(channels):
-                        is_kept = random[image, row, column, channel] >= least
+                        is_kept = random[image, row, column, channel] >= minimum
                         kept = best[channel] if is_kept else np.float32(0)
                         y[image, row, column, channel] = from_float(kept, y[image, row, column, channel])
-                        places[image, row, column, channel] = np.uint8(place[channel] if is_kept else NOWHERE)
+                        winners[image, row, column, channel] = np.uint8(winner[channel] if is_kept else NOWHERE)
 
     @compiled
-    def gradient_sums(gradient, x, places, shift, sums):
+    def gradient_sums(gradient, x, winners, shift, sums):
         """Add to sums (images, 2, channels) the sum of the gradient and that of gradient * (x - shift)."""
         first, second = np.empty(channels, np.float32), np.empty(channels, np.float32)
         for image in range(gradient.shape[0]):
@@ -120,7 +250,7 @@ def kernels(channels, pool_height, pool_width):
                             here = np.int32(down * pool_width + right)
                             cell = x[image, row * pool_height + down, column * pool_width + right]
                             for channel in range(channels):
-                                is_here = np.int32(places[image, row, column, channel]) == here
+                                is_here = np.int32(winners[image, row, column, channel]) == here
                                 value = to_float(gradient[image, row, column, channel]) if is_here else np.float32(0)
                                 first[channel] += value
                                 second[channel] += value * (to_float(cell[channel]) - shift[channel])
@@ -129,7 +259,7 @@ def kernels(channels, pool_height, pool_width):
                     sums[image, 1, channel] += second[channel]
 
     @compiled
-    def backward(gradient, x, places, scale, slope, offset, x_gradient):
+    def backward(gradient, x, winners, scale, slope, offset, x_gradient):
         """Fill x_gradient with slope * x + offset, and scale * gradient more where the largest of a window was."""
         for image in range(x.shape[0]):
             for row in range(x.shape[1]):
@@ -139,7 +269,7 @@ def kernels(channels, pool_height, pool_width):
                     if up < gradient.shape[1] and left < gradient.shape[2]:
                         here = np.int32(row % pool_height * pool_width + column % pool_width)
                         for channel in range(channels):
-                            is_here = np.int32(places[image, up, left, channel]) == here
+                            is_here = np.int32(winners[image, up, left, channel]) == here
                             more = to_float(gradient[image, up, left, channel]) * scale[channel]
                             value = to_float(cell[channel]) * slope[channel] + offset[channel]
                             filled[channel] = from_float(value + more if is_here else value, filled[channel])

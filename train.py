@@ -1,24 +1,27 @@
 """Stage 3: train and test one network per fold, the data set's own cross-validation.
 
     python train.py                                   # every fold, with config.py's settings
-    python train.py --folds 0,3-5 --epochs 40         # some folds, shorter
+    python train.py --folds 0,3-5 --epochs 8          # some folds, shorter
     python train.py --learning_rate 1e-3 --processed_dir DATA --assets_dir ~/sweep/lr1e-3
-    torchrun --nproc-per-node=4 train.py              # the folds over four processes, or GPUs; processes.py says how
+    torchrun --nproc-per-node=4 train.py              # four folds at a time; so does starting it four times
 
 Prints one line an epoch (fold, epoch, losses, accuracies, learning rate, examples/s, time left) and at the end a table
-of folds with mean and standard deviation. Running the same command again goes on after the last completed epoch, with
-the result that it would have had without the stop; a finished run prints its table again.
+of folds with mean and standard deviation. The same command resumes after the last completed epoch, with the result
+that it would have had without the stop; a finished run prints its table again. Several processes, on one machine or
+on many that share the folder, each take the next free fold, and the last one writes the report.
 
 Fold numbers are 0-indexed: --folds 0 tests the data set's fold 1. Each fold is tested once, with the weights of the
 epoch that VALIDATION (config.py) chose.
 """
 
-import contextlib
-import csv
 import dataclasses
 import datetime
+import hashlib
+import math
 import os
+import signal
 import time
+import typing
 from pathlib import Path
 
 # Read when torch loads OpenMP. Its threads would otherwise spin while they wait, and two trainings side by side on the
@@ -26,38 +29,54 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
+import pandas as pd
 import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
-import batches
-import calibration
-import check_config
+import augment
 import checkpoint
 import config
 import data_loader
-import evaluate
-import processes
 import utils
-from epoch import SCHEDULES, make_optimizer, predict_logits, targets_of, train_epoch, validate
-from model import MODELS, build_model, check_state, count_parameters, model_path, network_class, save_model, takes
+from model import (
+    MODELS,
+    TEMPERATURE_RANGE,
+    build_model,
+    check_shape,
+    check_state,
+    count_parameters,
+    logits_of,
+    model_path,
+    save_model,
+)
+from reports import tables
 from research import audit
-from services import hub, publisher, tracking
+from services import events
 from utils import UserError
 
-FLAGS = (  # settings of config.py that the result depends on and that a flag overrides
-    "model",
-    "epochs",
-    "batch_size",
-    "learning_rate",
-    "schedule",
-    "weight_decay",
-    "label_smoothing",
-    *batches.augmentation_settings(),
-    "validation",
-    "seed",
-)
-
-
 # --- Settings ----------------------------------------------------------------------------------------------------
+
+# All that the result depends on, with the smallest and largest value that makes sense. FLAGS override config.py.
+RANGES = {
+    "epochs": (1, 100_000),
+    "batch_size": (2, 100_000),  # clips
+    "learning_rate": (1e-9, 100),
+    "warmup_share": (0, 1),
+    "weight_decay": (0, 100),
+    "label_smoothing": (0, 0.99),
+    "block_dropout": (0, 0.99),
+    "head_dropout": (0, 0.99),
+    "crop_frames": (0, 100_000),
+    "time_stretch": (0, 10),
+    "mixup_alpha": (0, 1000),
+    "band_stretch": (0, 10),
+    "mask_bands": (0, 1024),
+    "mask_frames": (0, 100_000),
+    "seed": (0, 2**63),
+}
+CHOICES = {"model": tuple(MODELS), "schedule": None, "validation": None}  # None: as config.py annotates it
+NOT_FLAGS = {"warmup_share", "block_dropout", "head_dropout"}
 
 
 def parse_args():
@@ -65,71 +84,147 @@ def parse_args():
     add = parser.add_argument
     add("--processed_dir", metavar="DIR", help="processed files of stage 2 (default: data/ in the assets)")
     add("--model_dir", metavar="DIR", help="where each fold's best model goes (default: models/ in the assets)")
-    add("--checkpoint_dir", metavar="DIR", help="default: checkpoints/ in the assets")
-    add("--results_dir", metavar="DIR", help="predictions and report (default: results/ in the assets)")
     add("--folds", type=utils.parse_folds, help="0-indexed folds to train and test, as in 0,3-5 (default: all present)")
-    add("--model", choices=MODELS, default=config.MODEL, help=f"default: {config.MODEL} (see model.py)")
-    add("--epochs", type=utils.positive_int, default=config.EPOCHS, help=f"default: {config.EPOCHS}")
-    quick = max(round(config.QUICK_SHARE * config.EPOCHS), 1)
-    add("--quick", action="store_const", dest="epochs", const=quick, help=f"a quick look: {quick} epochs")
-    add("--batch_size", type=utils.positive_int, default=config.BATCH_SIZE, help=f"clips; default: {config.BATCH_SIZE}")
-    add(
-        "--learning_rate",
-        type=utils.positive_float,
-        default=config.LEARNING_RATE,
-        help=f"peak of the schedule; default: {config.LEARNING_RATE}",
-    )
-    add("--schedule", choices=SCHEDULES, default=config.SCHEDULE, help=f"default: {config.SCHEDULE} (see config.py)")
-    add(
-        "--validation",
-        choices=batches.VALIDATIONS,
-        default=config.VALIDATION,
-        help=f"which clips choose the epoch that is tested; default: {config.VALIDATION} (see config.py)",
-    )
-    add("--seed", type=int, default=config.SEED, help=f"default: {config.SEED}")
-    for name in ("weight_decay", "label_smoothing", *batches.augmentation_settings()):
-        value = getattr(config, name.upper())
-        add(f"--{name}", type=check_config.number_for(name.upper()), default=value, help=f"default: {value}")
+    types = typing.get_type_hints(config)
+    for name in (*CHOICES, *RANGES):
+        kind, default = types[name.upper()], getattr(config, name.upper())
+        if name in CHOICES:
+            choices = CHOICES[name] or typing.get_args(kind)
+            add(f"--{name}", choices=choices, default=default, help=f"default: {default}")
+        elif name not in NOT_FLAGS:
+            add(f"--{name}", type=kind, default=default, metavar="N", help=f"default: {default} (see config.py)")
     add("--device", default=config.DEVICE, help=f"auto, cpu, cuda, cuda:1, mps; default: {config.DEVICE}")
     add("--fresh", action="store_true", help="remove what an earlier run left for these folds and start again")
     return parser.parse_args()
 
 
 def training_settings(args, data):
-    """Return everything that the result depends on: checked on resume, stored with checkpoints and results.
+    """Return all that the result depends on: compared on resume, stored with checkpoints and results.
 
-    args: an object with those FLAGS that differ from config.py; data: the Processed data set. UserError if the
-    network's pooling leaves nothing of such examples.
+    args: an object with those settings that differ from config.py; data: the Processed data set. UserError for a value
+    that is out of range, and for a network that can't take such examples.
     """
-    settings = {
-        **{name: getattr(args, name, getattr(config, name.upper())) for name in FLAGS},
-        "warmup_share": config.WARMUP_SHARE,
-        "block_dropout": config.BLOCK_DROPOUT,
-        "head_dropout": config.HEAD_DROPOUT,
-        "precision": config.PRECISION,
-        "data": data.info["fingerprint"],
-    }
-    network = network_class(settings["model"])
-    shape = data.audio.n_mels, batches.crop_length(data.audio.n_frames, settings)  # of an example
-    if not takes(network, shape):
-        raise UserError(
-            "{} needs {} mel bands and {} frames, and training examples have {} and {}: raise N_MELS or CROP_FRAMES in "
-            "config.py, or choose another --model".format(settings["model"], *network.least_shape, *shape)
-        )
+    names = (*CHOICES, *RANGES, "precision", "fast_blocks")
+    settings = {name: getattr(args, name, getattr(config, name.upper())) for name in names}
+    for name, (low, high) in RANGES.items():
+        if not low <= settings[name] <= high:  # nor is NaN
+            raise UserError(f"{name} is {settings[name]!r}: it must be from {low} to {high} (config.py or --{name})")
+    network = build_model(settings, len(data.class_names), data.audio)
+    check_shape(network, (data.audio.n_mels, augment.crop_length(data.audio.n_frames, settings)))
+    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    # After an edit of the network, an earlier run is not resumed.
+    settings["network"] = hashlib.blake2b(f"{network} {shapes}".encode(), digest_size=4).hexdigest()
+    settings["data"] = data.info["fingerprint"]
     return settings
 
 
-def load_data(processed_dir, team=processes.ALONE):
-    """Return the Processed data set, fetched from the Hub first if it is not there and HF_REPO_ID is set.
+def load_data(processed_dir):
+    """Return the Processed data set, fetched from the Hub first if it is not there and HF_REPO_ID is set."""
+    if config.HF_REPO_ID:
+        from services import hub
 
-    Of several processes on a node, one fetches it.
+        with utils.try_lock(processed_dir / ".fetch.lock", wait=True):  # of several processes, one fetches
+            if not (processed_dir / "features.json").is_file():
+                hub.fetch_processed(processed_dir, config.HF_REPO_ID)
+    return data_loader.load_processed(processed_dir)
+
+
+# --- One step ----------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(network, settings):
+    """Return AdamW with weight decay on matrices and kernels, none on biases and norms."""
+    parameters = list(network.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings["weight_decay"]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings["learning_rate"], fused=True)
+
+
+def learning_rate_at(step, total_steps, settings):
+    """Return the learning rate of a step (0-indexed): one cosine up from a 25th of the peak, one down to zero.
+
+    That is "one_cycle", the schedule of Smith and Topin 2018 (arXiv:1708.07120) with cosine halves; "constant" is the
+    peak throughout. A function of the step alone: a resumed run needs no scheduler state.
     """
-    if team.local_rank == 0 and config.HF_REPO_ID and not (processed_dir / "features.json").is_file():
-        hub.fetch_processed(processed_dir, config.HF_REPO_ID)
-    team.gather("fetched")
-    data = data_loader.load_processed(processed_dir)
-    data_loader.check_audio_settings(data.info["audio"])
-    return data
+    peak = settings["learning_rate"]
+    if settings["schedule"] == "constant":
+        return peak
+    warmup_steps = settings["warmup_share"] * total_steps
+    if step < warmup_steps:
+        start, end, progress = peak / 25, peak, step / warmup_steps
+    else:
+        start, end, progress = peak, 0.0, (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def train_step(network, optimizer, inputs, targets, settings):
+    """Adjust the weights to one batch and return its (mean loss, logits (B, classes)), without waiting for the device.
+
+    inputs: (B, n_mels, frames) float32 in dB; targets: (B, classes) soft. Each view of an example has its own loss.
+    """
+    with utils.autocast(inputs.device, settings["precision"]):
+        logits = network.view_logits(inputs).float()  # (B, views, classes)
+    view_targets = targets.unsqueeze(1).expand_as(logits)  # (B, views, classes)
+    smoothing = settings["label_smoothing"]
+    loss = cross_entropy(logits.flatten(0, 1), view_targets.flatten(0, 1), label_smoothing=smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), logits.detach().mean(dim=1)
+
+
+# --- One epoch ---------------------------------------------------------------------------------------------------
+
+
+def train_epoch(fold, epoch, settings):
+    """Train one epoch and return (loss, accuracy), means over its examples. UserError if a loss is not finite.
+
+    The accuracy counts augmented examples, against the larger share of each mixed pair.
+    """
+    network, optimizer, features = fold.network, fold.optimizer, fold.features
+    slices = augment.batch_slices(len(fold.training), settings["batch_size"])
+    total_steps = len(slices) * settings["epochs"]
+    seed_parts = settings["seed"], fold.number, epoch
+    plan = augment.plan_epoch(fold.training, features.shape[1:], settings, seed_parts, features.device)
+    statistics = network.band_mean.to(features.device), network.band_std.to(features.device)
+    torch.manual_seed(utils.derive_seed("dropout", *seed_parts))
+    network.train()
+    losses, correct, rates = [], [], []
+    no_bar = True if utils.process_count() > 1 else None  # None: where there is no terminal
+    for index, batch in enumerate(tqdm(slices, f"fold {fold.number} epoch {epoch}", leave=False, disable=no_bar)):
+        rates.append(learning_rate_at((epoch - 1) * len(slices) + index, total_steps, settings))
+        for group in optimizer.param_groups:
+            group["lr"] = rates[-1]
+        examples = augment.training_batch(features, fold.targets, statistics, plan[batch], settings)
+        inputs, targets = (tensor.to(fold.device, non_blocking=True) for tensor in examples)
+        loss, logits = train_step(network, optimizer, inputs, targets, settings)
+        losses.append(loss * len(inputs))
+        correct.append((logits.argmax(1) == targets.argmax(1)).sum())
+    losses = torch.stack(losses).tolist()  # the epoch's one wait for the device
+    check_finite(fold, epoch, losses, rates)
+    return sum(losses) / len(fold.training), torch.stack(correct).sum().item() / len(fold.training)
+
+
+def check_finite(fold, epoch, losses, rates):
+    """Raise a UserError that names the first loss of an epoch that is not finite, or weights that are not."""
+    remedy = "try a smaller --learning_rate. The checkpoint of the epoch before is kept"
+    for index, (loss, rate) in enumerate(zip(losses, rates, strict=True)):
+        if not math.isfinite(loss):
+            where = f"fold {fold.number}, epoch {epoch}, batch {index + 1}"
+            raise UserError(f"the loss is {loss} in {where}, at learning rate {rate:.2e}: {remedy}")
+    if not torch.stack([tensor.isfinite().all() for tensor in fold.network.state_dict().values()]).all():
+        raise UserError(f"the weights are not finite after fold {fold.number}, epoch {epoch}: {remedy}")
+
+
+def validate(fold, settings):
+    """Return {"validation_loss", "validation_accuracy"} over the validation clips; None where the protocol has none."""
+    if not len(fold.validation):
+        return {"validation_loss": None, "validation_accuracy": None}
+    logits, targets = fold.logits(fold.validation, settings["precision"])
+    accuracy = (logits.argmax(1) == targets).float().mean().item()
+    return {"validation_loss": cross_entropy(logits, targets).item(), "validation_accuracy": accuracy}
 
 
 # --- One fold ----------------------------------------------------------------------------------------------------
@@ -143,15 +238,22 @@ class Fold:
     training: np.ndarray  # clip indices
     validation: np.ndarray
     test: np.ndarray
-    tensors: tuple  # features, one-hot targets, band statistics: on one device, see `place_features`
-    rows: batches.Rows  # of the features, on their device
-    device: torch.device  # of the network
+    features: torch.Tensor  # (clips, n_mels, n_frames) dB, see `place_features`
+    targets: torch.Tensor  # (clips, classes) one-hot, on the features' device
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    device: torch.device  # of the network
     info: dict  # metadata of its model files
     folder: Path  # of its checkpoints
     newest: dict | None = None  # checkpoint
-    shows_bar: bool = True  # those of several processes would overwrite each other
+
+    def logits(self, indices, precision="float32"):
+        """Return the network's (logits (n, classes), class indices (n,)) of clips. UserError if not finite."""
+        indices = torch.from_numpy(indices).to(self.features.device)
+        logits = logits_of(self.network, self.features[indices], precision)
+        if not logits.isfinite().all():
+            raise UserError(f"the network of fold {self.number} gives NaN or infinity: try a smaller --learning_rate")
+        return logits, self.targets[indices].argmax(1).cpu()
 
 
 def place_features(features, device):
@@ -164,42 +266,50 @@ def place_features(features, device):
     return torch.from_numpy(features).to(device)
 
 
-def make_fold(number, data, features, settings, checkpoint_dir, device):
-    """Return a Fold at its beginning: data split, normalisation measured, network initialised from (seed, fold).
+def make_fold(number, data, features, settings, run, device):
+    """Return a Fold at its beginning: data split, network initialised from (seed, fold), normalisation measured.
 
-    features: data.features as `place_features` gives them.
+    features: data.features as `place_features` gives them; run: a checkpoint.Run.
     """
-    training, validation, test = batches.split(data.folds, number + 1, settings["validation"])
-    statistics = batches.band_statistics(data.features, training)
+    training, validation, test = data_loader.split(data.folds, number + 1, settings["validation"])
     class_ids = np.array(list(data.class_names))
     targets = torch.from_numpy((data.labels[:, None] == class_ids).astype(np.float32))  # (clips, classes)
-    statistics_there = [torch.from_numpy(row).to(features.device) for row in statistics]
-    tensors = features, targets.to(features.device), statistics_there
     torch.manual_seed(utils.derive_seed("weights", settings["seed"], number))
-    network = build_model(settings["model"], len(class_ids), data.audio)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = build_model(settings, len(class_ids), data.audio)
+    mean, std = data_loader.band_statistics(data.features, training)
+    network.band_mean.copy_(torch.from_numpy(mean))
+    network.band_std.copy_(torch.from_numpy(std))
+    network = network.to(device)
     info = {
         "model": settings["model"],
         "class_names": list(data.class_names.values()),
         "class_ids": class_ids.tolist(),
         "audio": data.info["audio"],
-        "band_mean": statistics[0].tolist(),
-        "band_deviation": statistics[1].tolist(),
         "fold": number,
         "training_folds": np.unique(data.folds[training]).tolist(),
-        "training_digest": audit.names_digest(data.clips, training),
+        "training_digest": data_loader.names_digest(data.clips, training),
         "settings": settings,
         "source": data.info["source"],
+        "run_id": run.run_id,
     }
-    folder = checkpoint.fold_dir(checkpoint_dir, number)
-    optimizer = make_optimizer(network, settings)
-    rows = batches.rows_of(data.audio.blocks, features.device)
-    return Fold(number, training, validation, test, tensors, rows, device, network, optimizer, info, folder)
+    return Fold(
+        number=number,
+        training=training,
+        validation=validation,
+        test=test,
+        features=features,
+        targets=targets.to(features.device),
+        network=network,
+        optimizer=make_optimizer(network, settings),
+        device=device,
+        info=info,
+        folder=checkpoint.fold_dir(run.paths.checkpoints, number),
+    )
 
 
-def resume(fold, settings, run):
+def resume(fold, settings):
     """Load the fold's newest checkpoint, if there is one, and write again what a kill may have kept it from writing."""
-    fold.newest = run.load_newest(fold.number)
+    fold.newest = checkpoint.load_newest(fold.folder)
     if fold.newest is None:
         return
     check_state(f"{fold.folder} (--fresh starts again)", fold.newest["model"], fold.network.state_dict())
@@ -207,31 +317,29 @@ def resume(fold, settings, run):
     fold.optimizer.load_state_dict(fold.newest["optimizer"])
     checkpoint.follow_up(fold.folder, fold.newest, fold.info)
     if fold.newest["epoch"] < settings["epochs"]:
-        print(f"fold {fold.number}: going on after epoch {fold.newest['epoch']} of {settings['epochs']}")
+        print(f"fold {fold.number}: resuming after epoch {fold.newest['epoch']} of {settings['epochs']}")
 
 
-def train_fold(fold, settings, run, tracker, models):
+def train_fold(fold, settings, run, services):
     """Train the epochs that the fold still lacks, with a checkpoint, a JSON record and a line after each."""
     for epoch in range(fold.newest["epoch"] + 1 if fold.newest else 1, settings["epochs"] + 1):
         start = time.perf_counter()
         loss, accuracy = train_epoch(fold, epoch, settings)
         examples_per_second = len(fold.training) / (time.perf_counter() - start)
-        validation_loss, validation_accuracy = validate(fold)
         row = {
             "epoch": epoch,
             "learning_rate": fold.optimizer.param_groups[0]["lr"],
             "train_loss": loss,
             "train_accuracy": accuracy,
-            "validation_loss": validation_loss,
-            "validation_accuracy": validation_accuracy,
+            **validate(fold, settings),
         }
-        fold.newest = next_checkpoint(fold, row, settings, run.state["run_id"])
-        checkpoint.save_checkpoint(fold.folder, fold.newest, fold.info)
+        fold.newest = next_checkpoint(fold, row, settings, run.run_id)
+        checkpoint.save(fold.folder, fold.newest, fold.info)
         run.record(fold)
-        tracker.log_epoch(row)
-        models.add_epoch(fold)
-        run.epoch_seconds = time.perf_counter() - start
-        print(epoch_line(fold, row, settings, examples_per_second, run.seconds_left(fold)))
+        services.after_epoch(fold, row)
+        epochs_left = max(settings["epochs"] - epoch, run.epochs_left / utils.process_count())
+        seconds_left = epochs_left * (time.perf_counter() - start)
+        print(epoch_line(fold, row, settings, examples_per_second, seconds_left))
 
 
 def next_checkpoint(fold, row, settings, run_id):
@@ -266,36 +374,44 @@ def epoch_line(fold, row, settings, examples_per_second, seconds_left):
     )
 
 
-def fit_confidence(fold):
-    """Return the temperature and the threshold (calibration.py) of the fold's weights, from validation clips alone.
+def fit_temperature(logits, classes):
+    """Return the temperature T that gives softmax(logits / T) the smallest mean negative log-likelihood.
 
-    {} if the protocol has none, or has the test clips in their place.
+    logits: (clips, classes); classes: (clips,) indices of the true ones. Guo et al. 2017 (arXiv:1706.04599). The loss
+    is convex in 1 / T, so that a search over log T finds its minimum, or the end of TEMPERATURE_RANGE.
     """
-    if fold.info["settings"]["validation"] != "next_fold":
-        return {}
-    logits = predict_logits(fold, fold.validation, "float32")
-    return calibration.fit(logits, targets_of(fold, fold.validation).argmax(1))
+    from scipy.optimize import minimize_scalar
+
+    logits = logits.double()
+    bounds = tuple(map(math.log, TEMPERATURE_RANGE))
+    found = minimize_scalar(lambda x: cross_entropy(logits / math.exp(x), classes).item(), bounds=bounds)
+    return round(math.exp(found.x), 4)
 
 
-def test_fold(fold, data, paths, run):
-    """Test the fold once, with its chosen weights: write the model file and the predictions, and record the score."""
+def test_fold(fold, data, settings, run):
+    """Test the fold once, with its chosen weights: write the model file and the predictions, and record the score.
+
+    Return whether it was the last fold of the run (see `checkpoint.Run.record`).
+    """
     fold.network.load_state_dict(checkpoint.best_weights(fold.newest))
-    confidence = fit_confidence(fold)  # before the test clips are read
-    probabilities = predict_logits(fold, fold.test, "float32").softmax(dim=1).cpu().numpy()  # (clips, classes)
-    labels = data.labels[fold.test]
-    accuracy = float((np.array(fold.info["class_ids"])[probabilities.argmax(1)] == labels).mean())
-    scores = {"test_accuracy": accuracy, "test_clips": len(labels), "best_epoch": fold.newest["best"]["epoch"]}
-    with utils.atomic_write(checkpoint.result_path(paths.results, "predictions", fold.number), "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["slice_file_name", "classID", *fold.info["class_names"]])
-        for clip, label, row in zip(fold.test, labels, probabilities, strict=True):
-            writer.writerow([data.clips[clip]["slice_file_name"], label, *(f"{value:.9g}" for value in row)])
-    weights = fold.network.state_dict()
-    save_model(model_path(paths.models, fold.number), weights, {**fold.info, **confidence, "scores": scores})
-    run.record(fold, done=True, **scores, **confidence)
-    print(
-        f"fold {fold.number}: tested on {len(labels)} clips with epoch {scores['best_epoch']}: accuracy {accuracy:.4f}"
-    )
+    fitted = {}
+    if settings["validation"] == "next_fold":  # the other protocols have no clean validation clips
+        fitted = {"temperature": fit_temperature(*fold.logits(fold.validation))}
+    logits, classes = fold.logits(fold.test)
+    probabilities = logits.softmax(dim=1)  # (clips, classes)
+    accuracy = (probabilities.argmax(1) == classes).double().mean().item()
+    scores = {"test_accuracy": accuracy, "test_clips": len(classes), "best_epoch": fold.newest["best"]["epoch"]}
+    table = pd.DataFrame(probabilities.numpy(), columns=fold.info["class_names"])
+    table.insert(0, "slice_file_name", data.clips["slice_file_name"].iloc[fold.test].to_numpy())
+    table.insert(1, "classID", data.labels[fold.test])
+    with utils.atomic_write(checkpoint.result_path(run.paths.results, "predictions", fold.number), "w") as file:
+        table.to_csv(file, index=False, float_format="%.9g", lineterminator="\n")
+    info = {**fold.info, **fitted, "scores": scores}
+    save_model(model_path(run.paths.models, fold.number), fold.network.state_dict(), info)
+    is_last = run.record(fold, done=True, **scores, **fitted)
+    epoch = scores["best_epoch"]
+    print(f"fold {fold.number}: tested on {len(classes)} clips with epoch {epoch}: accuracy {accuracy:.4f}")
+    return is_last
 
 
 # --- The run -----------------------------------------------------------------------------------------------------
@@ -303,87 +419,68 @@ def test_fold(fold, data, paths, run):
 
 def main():
     args = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send ends like Ctrl-C
     paths = utils.run_folders(args)
     utils.keep_freed_memory()
-    with processes.join() as team, contextlib.ExitStack() as until_the_end:
-        device = team.device(args.device)
-        data = load_data(paths.processed, team)
-        present = sorted({int(fold) - 1 for fold in data.folds})
-        folds = args.folds or present
-        if absent := [fold for fold in folds if fold not in present]:
-            raise UserError(f"--folds {absent} have no clips in {paths.processed}; the folds present are {present}")
-        settings = training_settings(args, data)
-        team.check_same(settings)
-        team.once(lambda: until_the_end.enter_context(utils.only_one(paths.checkpoints, "train.py")))
-        team.check_shared(paths.checkpoints)
-        tracker = until_the_end.enter_context(tracking.Tracker(args.assets_dir, is_quiet=not team.is_first))
-        if args.fresh:
-            start_again(paths, folds, settings, team)
-        models = until_the_end.enter_context(publisher.Publisher(paths, sends=team.is_first))
-        train_folds(folds, data, settings, paths, device, tracker, models, team)
+    device = utils.pick_device(args.device)
+    data = load_data(paths.processed)
+    present = sorted({int(fold) - 1 for fold in data.folds})
+    folds = args.folds or present
+    if absent := [fold for fold in folds if fold not in present]:
+        raise UserError(f"--folds {absent} have no clips in {paths.processed}; the folds present are {present}")
+    settings = training_settings(args, data)
+    if args.fresh:
+        start_again(paths, folds, settings)
+    run = checkpoint.Run(paths, settings, folds)
+    with events.Services(args.assets_dir, paths, data, run) as services:
+        try:
+            cross_validate(data, settings, run, device, services)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("Stopped. The same command resumes after the last completed epoch.") from None
 
 
-def start_again(paths, folds, settings, team):
+def start_again(paths, folds, settings):
     """Remove what an earlier run left for these folds."""
-    if team.size > 1:
-        raise UserError(
-            "--fresh under torchrun would start again after every restart: use another --assets_dir, or remove "
-            f"{paths.checkpoints} first"
-        )
+    if utils.process_count() > 1:
+        raise UserError("--fresh is for one process, as torchrun may start others again: run it once without torchrun")
     checkpoint.remove_folds(paths, folds, settings)
-    publisher.forget(paths.checkpoints, folds)
+    events.forget(paths.checkpoints, folds)
 
 
-def train_folds(folds, data, settings, paths, device, tracker, models, team=processes.ALONE):
-    """Train and test the folds that are not done yet, then write the report over all that are."""
-    run = checkpoint.Run(paths, settings, folds, team)
-    features = place_features(data.features, device)  # (clips, rows, frames)
-    team.once(lambda: start_run(run, data, device, models))
-    number = None
-    try:
-        for number in run.folds_left():
-            fold = make_fold(number, data, features, settings, paths.checkpoints, device)
-            fold.shows_bar = team.size == 1
-            resume(fold, settings, run)
-            tracker.start_fold(fold, run)
-            train_fold(fold, settings, run, tracker, models)
-            test_fold(fold, data, paths, run)
-            models.add_best(number)
-            tracker.end_fold(fold, run, data, paths)
-            run.write_info(data)
-        if number is None and len(run.done) < len(folds):
-            print(f"{team}: every fold has its process already, none is left for this one")
-        run.wait_for_others()
-        if team.is_first:
-            run.check_done()
-            run.write_info(data)
-            results = evaluate.write_report(paths.results, paths.processed)
-            tracker.log_summary(run, results, paths.results)
-            models.add_results()
-            audit.report(paths, data)
-    except KeyboardInterrupt:
-        if not team.is_first:  # which says it
-            raise SystemExit(130) from None
-        with contextlib.suppress(UserError, OSError):
-            run.save_state()
-        raise KeyboardInterrupt("Stopped. The same command goes on after the last completed epoch.") from None
-
-
-def start_run(run, data, device, models):
-    """Check that there is room, and print what is to be done and what is done already."""
-    settings, folds, paths, team = run.state["settings"], run.folds, run.paths, run.team
-    n_parameters = count_parameters(build_model(settings["model"], len(data.class_names), data.audio))
-    checkpoint.check_disk_space(paths.checkpoints, len(folds) - len(run.done), settings["epochs"], n_parameters)
-    run.save_state()
+def cross_validate(data, settings, run, device, services):
+    """Train and test the folds that no other process has, then write the report if the last of them was ours."""
+    done = [fold for fold in run.folds if run.is_done(fold)]
+    announce(data, settings, run, device, done)
+    is_last = len(done) == len(run.folds)  # a finished run prints its table again
+    features = place_features(data.features, device)  # (clips, n_mels, n_frames)
+    for number in run.claim():
+        fold = make_fold(number, data, features, settings, run, device)
+        resume(fold, settings)
+        services.start_fold(fold)
+        train_fold(fold, settings, run, services)
+        is_last = test_fold(fold, data, settings, run)
+        run.write_info(data)
+        services.after_fold(fold)
+    if not is_last:
+        print("The other folds are in the hands of other processes; the last of them writes the report.")
+        return
     run.write_info(data)
-    where = f"{device}, {team.size} processes" if team.size > 1 else device
+    results = tables.write_report(run.paths.results, run.paths.processed)
+    services.at_end(results)
+    audit.report(run.paths, data)
+
+
+def announce(data, settings, run, device, done):
+    """Check that there is room, and print what is to be done and what is done already."""
+    n_parameters = count_parameters(build_model(settings, len(data.class_names), data.audio))
+    checkpoint.check_disk_space(run.paths.checkpoints, len(run.folds) - len(done), settings["epochs"], n_parameters)
+    folds = f"{len(run.folds)} of {len(set(data.folds.tolist()))} folds"
     print(
-        f"{settings['model']} on {where}: {len(data.labels)} clips, {len(folds)} of {len(set(data.folds.tolist()))} "
-        f"folds, {settings['epochs']} epochs, validation {settings['validation']} -> {paths.checkpoints}"
+        f"{settings['model']} on {device}: {len(data.labels)} clips, {folds}, {settings['epochs']} epochs, "
+        f"validation {settings['validation']} -> {run.paths.checkpoints}"
     )
-    for number in run.done:
-        print(f"fold {number}: done already")
-        models.add_best(number)
+    for fold in done:
+        print(f"fold {fold}: done already")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """What every stage needs: errors for people, atomic files, pickles that can't run code, seeds, the device.
 
-Imports neither torch nor pandas at the top: `python predict.py --help` and the preprocessing workers never pay
-for what they do not use.
+Imports neither torch nor pandas at the top: `python predict.py --help` and the preprocessing workers do not wait for
+what they do not use.
 """
 
 import argparse
 import contextlib
 import ctypes
+import difflib
 import errno
+import functools
 import hashlib
 import importlib
 import json
@@ -16,6 +18,7 @@ import pickle
 import re
 import shutil
 import sys
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +34,7 @@ except ImportError:  # Windows
 
 
 class UserError(Exception):
-    """Something a person can mend. The message names the value at fault and the remedy; no traceback is shown."""
+    """Something a person can fix. The message names the value at fault and the remedy; no traceback is shown."""
 
 
 # --- Command lines -----------------------------------------------------------------------------------------------
@@ -46,6 +49,9 @@ DISK_ERRORS = {
 }
 
 
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # what flock answers where there is none
+
+
 def run(main):
     """Call `main()` as a script: exit status 0, 2 for a UserError (one line on stderr), 130 for Ctrl-C."""
     for name in ("stdout", "stderr"):  # None where a caller has closed them
@@ -54,7 +60,7 @@ def run(main):
     # A log file or a pipe shows each line when it is written; a terminal without Unicode shows '?' for what it lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
-        importlib.import_module("check_config").check_config()  # it needs this file, so not at the top
+        check_config()
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -71,6 +77,44 @@ def run(main):
     except KeyboardInterrupt as interrupt:
         print(f"\n{str(interrupt) or 'Stopped by Ctrl-C.'}", file=sys.stderr)
         sys.exit(130)
+
+
+def check_config():
+    """Raise a UserError that names a setting of config.py that is misspelt, missing or of the wrong type.
+
+    The annotations of config.py say which settings there are and their types. Ranges are checked where a value is used.
+    """
+    types = typing.get_type_hints(config)
+    for name in [name for name in vars(config) if name.isupper() and name not in types]:
+        if near := difflib.get_close_matches(name, types, 1, cutoff=0.8):
+            raise UserError(f"config.py sets {name}, which nothing reads: is it meant to be {near[0]}?")
+    for name, kind in types.items():
+        value = getattr(config, name)
+        if not is_of_type(value, kind):
+            choices = " or ".join(map(repr, typing.get_args(kind))) if typing.get_origin(kind) is typing.Literal else ""
+            raise UserError(f"{name} = {value!r} in config.py: it must be {choices or kind_in_words(kind)}")
+
+
+def is_of_type(value, kind):
+    """Return whether a value is of an annotated type; a whole number is a float too, and True is no number."""
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    kinds = typing.get_args(kind) or (kind,)  # those of a union
+    kinds += (int,) if float in kinds else ()
+    return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+
+
+def kind_in_words(kind):
+    names = {"int": "a whole number", "float": "a number", "str": "text in quotes", "bool": "True or False"}
+    kinds = typing.get_args(kind) or (kind,)
+    return " or ".join("None" if each is type(None) else names.get(each.__name__, "a path") for each in kinds)
+
+
+def one_line(value, longest=200):
+    """Return untrusted text as one printable line of bounded length: what comes from outside may hold anything."""
+    text = " ".join(str(value)[: 4 * longest].split())
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def fail(error):
@@ -103,7 +147,7 @@ def run_folders(args):
     """Return a run's folders, .processed, .checkpoints, .models and .results, by its flags or else by config.py."""
     return SimpleNamespace(
         processed=folder(getattr(args, "processed_dir", None), args.assets_dir, config.PROCESSED_DIR),
-        checkpoints=folder(getattr(args, "checkpoint_dir", None), args.assets_dir, config.CHECKPOINT_DIR),
+        checkpoints=folder(None, args.assets_dir, config.CHECKPOINT_DIR),
         models=folder(getattr(args, "model_dir", None), args.assets_dir, config.MODEL_DIR),
         results=folder(getattr(args, "results_dir", None), args.assets_dir, config.RESULTS_DIR),
     )
@@ -185,24 +229,55 @@ def need_space(folder, needed, reason):
 
 @contextlib.contextmanager
 def only_one(folder, script):
-    """Hold a folder for this process while the block runs. UserError if another process works in it.
-
-    The system lets go of the lock when its process ends, however that ends. Windows has no such lock: no check there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8", errors="replace") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise UserError(
-                    f"{file.read().strip() or 'another process'} is at work in {folder}: wait for it to end, or use "
-                    "another --assets_dir"
-                ) from error
-            file.truncate(0)
-            print(f"{script} (process {os.getpid()})", file=file, flush=True)
+    """Hold a folder for this process while the block runs. UserError if another process works in it."""
+    with try_lock(folder / ".lock") as is_ours, open(folder / ".lock", "a+", errors="replace") as file:
+        if not is_ours:
+            file.seek(0)
+            raise UserError(
+                f"{one_line(file.read()) or 'another process'} is at work in {folder}: wait for it to end, or use "
+                "another --assets_dir"
+            )
+        file.truncate(0)
+        print(f"{script} (process {os.getpid()})", file=file, flush=True)
         yield
+
+
+@contextlib.contextmanager
+def try_lock(path, wait=False):
+    """Hold a file's lock while the block runs, if no other process has it: gives whether this process has it now.
+
+    wait: until the other process frees it. The system frees the lock of a process that ends, however that ends. Where
+    locks do not work, one process goes on with a note, and several are refused.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            if not fcntl:  # Windows
+                raise OSError(errno.ENOSYS, "no flock")
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            is_ours = True
+        except BlockingIOError:
+            is_ours = False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            note_no_locks(path.parent)
+            is_ours = True
+        yield is_ours
+
+
+@functools.cache
+def note_no_locks(folder):
+    """Print once that a folder's disk has no locks. UserError where several processes were started."""
+    if process_count() > 1:
+        raise UserError(f"{folder} is on a disk without locks (flock): start one process alone, or use another disk")
+    print(f"note: {folder} is on a disk without locks (flock): start no second process in it", file=sys.stderr)
+
+
+def process_count():
+    """Return how many processes share this work: those of torchrun, or the tasks of a Slurm array; 1 by default."""
+    texts = (os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_ARRAY_TASK_COUNT"))
+    return max([1, *(int(text) for text in texts if re.fullmatch(r"[0-9]{1,6}", text))])
 
 
 def save_json(path, value):
@@ -298,17 +373,22 @@ def derive_seed(*parts):
 
 
 def pick_device(name=config.DEVICE):
-    """Return the torch.device for a name; "auto" takes cuda, else mps, else cpu. UserError if it is not there."""
+    """Return the torch.device for a name; "auto" takes cuda, else mps, else cpu. UserError if it is not there.
+
+    Of several processes on a machine, each takes the GPU of its LOCAL_RANK.
+    """
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    rank = os.environ.get("LOCAL_RANK", "")
+    if name == "cuda" and rank.isdigit() and torch.cuda.device_count():
+        name = f"cuda:{int(rank) % torch.cuda.device_count()}"
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).cpu()
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} can't be used here ({reason}); try --device auto") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} can't be used here ({one_line(error)}); try --device auto") from error
 
 
 def computes_in_bfloat16(device):

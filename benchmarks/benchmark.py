@@ -25,11 +25,11 @@ from types import SimpleNamespace
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: see train.py
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as the preprocessing workers have it
 
+import batches
 import numpy as np
 import torch
 
 import audio_reader
-import batches
 import checkpoint
 import config
 import data_loader

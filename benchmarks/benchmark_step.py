@@ -13,11 +13,11 @@ import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: see train.py
 
+import batches
 import numpy as np
 import torch
 from torch import nn
 
-import batches
 import config
 import utils
 from audio_settings import AudioSettings
