@@ -94,7 +94,7 @@ use_venv() {
   local base
   python="$project_dir/.venv/bin/python"
   activate="source $(printf '%q' "$project_dir/.venv/bin/activate")"
-  if is_recent "$python" && run_python -m pip --version >/dev/null 2>&1; then
+  if is_recent "$python" && { [ -f ".venv/$STAMP" ] || run_python -m pip --version >/dev/null 2>&1; }; then
     echo "Environment: $project_dir/.venv (to activate it: $activate)"
     return
   fi

@@ -32,7 +32,10 @@ main() {
     "") ;;
     -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
     -*) echo "error: unknown option $1: see bash 02_demo.sh --help" >&2 && exit 2 ;;
-    *) mkdir -p -- "$1" && demo_dir="$(CDPATH='' cd -- "$1" && pwd)" ;;
+    *)
+      mkdir -p -- "$1"
+      demo_dir="$(CDPATH='' cd -- "$1" && pwd)"
+      ;;
   esac
   python="$(bash "$project_dir/01_setup.sh" --print_python)"
   cd -- "$project_dir"
