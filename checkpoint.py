@@ -266,7 +266,6 @@ class Run:
         info["best_epochs"] = {fold: entry["best_epoch"] for fold, entry in folds.items()}
         info["temperatures"] = {fold: entry["temperature"] for fold, entry in folds.items() if "temperature" in entry}
         info["source"] = data.info["source"]
-        info["run_id"] = self.run_id
         utils.save_json(self.paths.results / "run.json", {**info, "settings": self.settings})
 
 

@@ -61,7 +61,7 @@ from utils import UserError
 RANGES = {
     "epochs": (1, 100_000),
     "batch_size": (2, 100_000),  # clips
-    "learning_rate": (1e-9, 100),
+    "learning_rate": (1e-9, 1e6),
     "warmup_share": (0, 1),
     "weight_decay": (0, 100),
     "label_smoothing": (0, 0.99),
@@ -290,7 +290,6 @@ def make_fold(number, data, features, settings, run, device):
         "training_digest": data_loader.names_digest(data.clips, training),
         "settings": settings,
         "source": data.info["source"],
-        "run_id": run.run_id,
     }
     return Fold(
         number=number,

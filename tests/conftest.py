@@ -9,7 +9,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: see train.py
 
 import numpy as np
+import pandas as pd
 import pytest
+from audio import AudioSettings
 from hub_server import HubServer
 from warm_start import WarmScripts
 
@@ -61,24 +63,15 @@ def random_data():
 
     def write(folder, n_folds=3, clips_per_fold=8):
         rng = np.random.default_rng(0)
-        audio = data_loader.AudioSettings()
+        audio = AudioSettings()
         labels = np.arange(n_folds * clips_per_fold) % 2
         folds = np.repeat(np.arange(1, n_folds + 1), clips_per_fold)
         features = rng.normal(-30, 10, (len(labels), *audio.shape)).astype("float16")
         features[labels == 1, :40] += 4
-        clips = [
-            {
-                "slice_file_name": f"{index}-{label}-0-0.wav",
-                "fsID": index,
-                "start": 0,
-                "end": 4,
-                "salience": 1,
-                "fold": int(fold),
-                "classID": int(label),
-                "class": ("dog_bark", "siren")[label],
-            }
-            for index, (label, fold) in enumerate(zip(labels, folds, strict=True))
-        ]
+        names = [f"{index}-{label}-0-0.wav" for index, label in enumerate(labels)]
+        clips = pd.DataFrame({"slice_file_name": names, "fsID": range(len(labels)), "start": 0, "end": 4})
+        clips = clips.assign(salience=1, fold=folds, classID=labels)
+        clips["class"] = np.array(["dog_bark", "siren"])[labels]
         data_loader.save_processed(folder, features, clips, audio, "random")
 
     return write

@@ -17,7 +17,7 @@ def contents(assets, pattern=""):
     found = {}
     for name in files_of(assets):
         path = assets / name
-        if not re.search(pattern, name) or path.name == ".lock":
+        if not re.search(pattern, name) or path.suffix == ".lock":
             continue
         found[name] = path.read_bytes()
         if path.suffix == ".pt":

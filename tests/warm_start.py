@@ -17,15 +17,7 @@ import traceback
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SCRIPTS = (
-    "train",
-    "predict",
-    "reports.explain",
-    "measure_unknown",
-    "play_and_predict_random",
-    "services.hub",
-    "table_of_views",
-)
+SCRIPTS = ("train", "predict", "play_and_predict_random", "services.hub")
 ALSO_SLOW = ("kernels", "matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "torch._dynamo")
 
 
