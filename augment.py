@@ -4,8 +4,8 @@ Features stay one array (on the GPU when there is one) and a batch is indexed ou
 per-clip Python. All random numbers of an epoch are drawn at once from (seed, fold, epoch), with numpy: the same on
 every device, the same after a resume, one transfer an epoch.
 
-To add an augmentation: its setting in config.py and in SETTINGS, its draws in `plan_epoch`, a function, and a line in
-`training_batch`.
+To add an augmentation: its setting in config.py and its range in RANGES, its draws in `plan_epoch`, a function, and a
+line in `training_batch`.
 """
 
 import dataclasses
@@ -15,7 +15,14 @@ import torch
 
 import utils
 
-SETTINGS = ("crop_frames", "time_stretch", "mixup_alpha", "band_stretch", "mask_bands", "mask_frames")
+RANGES = {  # smallest and largest value of each augmentation's setting in config.py
+    "crop_frames": (0, 100_000),
+    "time_stretch": (0, 10),
+    "mixup_alpha": (0, 1000),
+    "band_stretch": (0, 10),
+    "mask_bands": (0, 1024),
+    "mask_frames": (0, 100_000),
+}
 
 
 @dataclasses.dataclass
@@ -39,8 +46,8 @@ class EpochPlan:
 def plan_epoch(indices, shape, settings, seed_parts, device):
     """Return the EpochPlan of one epoch: the order of the clips and what happens to each.
 
-    indices: the training clips; shape: (n_mels, n_frames) of a clip; settings: dict with SETTINGS; seed_parts: (seed,
-    fold, epoch).
+    indices: the training clips; shape: (n_mels, n_frames) of a clip; settings: dict with the names of RANGES;
+    seed_parts: (seed, fold, epoch).
     """
     rng = np.random.default_rng(utils.derive_seed("epoch", *seed_parts))
     n, (n_mels, n_frames) = len(indices), shape

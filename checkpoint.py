@@ -260,13 +260,16 @@ class Run:
 
     def write_info(self, data):
         """Write results/run.json: what the predictions beside it come from, for the report."""
-        folds = load_state(self.path)["folds"]
         info = {name: self.settings[name] for name in ("validation", "model", "seed", "epochs")}
         info["n_folds"] = len(set(data.folds.tolist()))
-        info["best_epochs"] = {fold: entry["best_epoch"] for fold, entry in folds.items()}
-        info["temperatures"] = {fold: entry["temperature"] for fold, entry in folds.items() if "temperature" in entry}
-        info["source"] = data.info["source"]
-        utils.save_json(self.paths.results / "run.json", {**info, "settings": self.settings})
+        with self.state() as state:
+            folds = state["folds"]
+            info["best_epochs"] = {fold: folds[fold]["best_epoch"] for fold in sorted(folds)}
+            info["temperatures"] = {
+                fold: entry["temperature"] for fold, entry in folds.items() if "temperature" in entry
+            }
+            info["source"] = data.info["source"]
+            utils.save_json(self.paths.results / "run.json", {**info, "settings": self.settings})
 
 
 def remove_folds(paths, folds, settings):

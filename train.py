@@ -38,18 +38,8 @@ import augment
 import checkpoint
 import config
 import data_loader
+import model
 import utils
-from model import (
-    MODELS,
-    TEMPERATURE_RANGE,
-    build_model,
-    check_shape,
-    check_state,
-    count_parameters,
-    logits_of,
-    model_path,
-    save_model,
-)
 from reports import tables
 from research import audit
 from services import events
@@ -67,15 +57,10 @@ RANGES = {
     "label_smoothing": (0, 0.99),
     "block_dropout": (0, 0.99),
     "head_dropout": (0, 0.99),
-    "crop_frames": (0, 100_000),
-    "time_stretch": (0, 10),
-    "mixup_alpha": (0, 1000),
-    "band_stretch": (0, 10),
-    "mask_bands": (0, 1024),
-    "mask_frames": (0, 100_000),
     "seed": (0, 2**63),
+    **augment.RANGES,
 }
-CHOICES = {"model": tuple(MODELS), "schedule": None, "validation": None}  # None: as config.py annotates it
+CHOICES = {"model": tuple(model.MODELS), "schedule": None, "validation": None}  # None: as config.py annotates it
 NOT_FLAGS = {"warmup_share", "block_dropout", "head_dropout"}
 
 
@@ -109,8 +94,8 @@ def training_settings(args, data):
     for name, (low, high) in RANGES.items():
         if not low <= settings[name] <= high:  # nor is NaN
             raise UserError(f"{name} is {settings[name]!r}: it must be from {low} to {high} (config.py or --{name})")
-    network = build_model(settings, len(data.class_names), data.audio)
-    check_shape(network, (data.audio.n_mels, augment.crop_length(data.audio.n_frames, settings)))
+    network = model.build_model(settings, len(data.class_names), data.audio)
+    model.check_shape(network, (data.audio.n_mels, augment.crop_length(data.audio.n_frames, settings)))
     shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     # After an edit of the network, an earlier run is not resumed.
     settings["network"] = hashlib.blake2b(f"{network} {shapes}".encode(), digest_size=4).hexdigest()
@@ -250,7 +235,7 @@ class Fold:
     def logits(self, indices, precision="float32"):
         """Return the network's (logits (n, classes), class indices (n,)) of clips. UserError if not finite."""
         indices = torch.from_numpy(indices).to(self.features.device)
-        logits = logits_of(self.network, self.features[indices], precision)
+        logits = model.logits_of(self.network, self.features[indices], precision)
         if not logits.isfinite().all():
             raise UserError(f"the network of fold {self.number} gives NaN or infinity: try a smaller --learning_rate")
         return logits, self.targets[indices].argmax(1).cpu()
@@ -275,7 +260,7 @@ def make_fold(number, data, features, settings, run, device):
     class_ids = np.array(list(data.class_names))
     targets = torch.from_numpy((data.labels[:, None] == class_ids).astype(np.float32))  # (clips, classes)
     torch.manual_seed(utils.derive_seed("weights", settings["seed"], number))
-    network = build_model(settings, len(class_ids), data.audio)
+    network = model.build_model(settings, len(class_ids), data.audio)
     mean, std = data_loader.band_statistics(data.features, training)
     network.band_mean.copy_(torch.from_numpy(mean))
     network.band_std.copy_(torch.from_numpy(std))
@@ -291,19 +276,9 @@ def make_fold(number, data, features, settings, run, device):
         "settings": settings,
         "source": data.info["source"],
     }
-    return Fold(
-        number=number,
-        training=training,
-        validation=validation,
-        test=test,
-        features=features,
-        targets=targets.to(features.device),
-        network=network,
-        optimizer=make_optimizer(network, settings),
-        device=device,
-        info=info,
-        folder=checkpoint.fold_dir(run.paths.checkpoints, number),
-    )
+    optimizer, folder = make_optimizer(network, settings), checkpoint.fold_dir(run.paths.checkpoints, number)
+    targets = targets.to(features.device)
+    return Fold(number, training, validation, test, features, targets, network, optimizer, device, info, folder)
 
 
 def resume(fold, settings):
@@ -311,7 +286,7 @@ def resume(fold, settings):
     fold.newest = checkpoint.load_newest(fold.folder)
     if fold.newest is None:
         return
-    check_state(f"{fold.folder} (--fresh starts again)", fold.newest["model"], fold.network.state_dict())
+    model.check_state(f"{fold.folder} (--fresh starts again)", fold.newest["model"], fold.network.state_dict())
     fold.network.load_state_dict(fold.newest["model"])
     fold.optimizer.load_state_dict(fold.newest["optimizer"])
     checkpoint.follow_up(fold.folder, fold.newest, fold.info)
@@ -382,7 +357,7 @@ def fit_temperature(logits, classes):
     from scipy.optimize import minimize_scalar
 
     logits = logits.double()
-    bounds = tuple(map(math.log, TEMPERATURE_RANGE))
+    bounds = tuple(map(math.log, model.TEMPERATURE_RANGE))
     found = minimize_scalar(lambda x: cross_entropy(logits / math.exp(x), classes).item(), bounds=bounds)
     return round(math.exp(found.x), 4)
 
@@ -406,7 +381,7 @@ def test_fold(fold, data, settings, run):
     with utils.atomic_write(checkpoint.result_path(run.paths.results, "predictions", fold.number), "w") as file:
         table.to_csv(file, index=False, float_format="%.9g", lineterminator="\n")
     info = {**fold.info, **fitted, "scores": scores}
-    save_model(model_path(run.paths.models, fold.number), fold.network.state_dict(), info)
+    model.save_model(model.model_path(run.paths.models, fold.number), fold.network.state_dict(), info)
     is_last = run.record(fold, done=True, **scores, **fitted)
     epoch = scores["best_epoch"]
     print(f"fold {fold.number}: tested on {len(classes)} clips with epoch {epoch}: accuracy {accuracy:.4f}")
@@ -471,7 +446,7 @@ def cross_validate(data, settings, run, device, services):
 
 def announce(data, settings, run, device, done):
     """Check that there is room, and print what is to be done and what is done already."""
-    n_parameters = count_parameters(build_model(settings, len(data.class_names), data.audio))
+    n_parameters = model.count_parameters(model.build_model(settings, len(data.class_names), data.audio))
     checkpoint.check_disk_space(run.paths.checkpoints, len(run.folds) - len(done), settings["epochs"], n_parameters)
     folds = f"{len(run.folds)} of {len(set(data.folds.tolist()))} folds"
     print(

@@ -10,11 +10,13 @@ import ctypes
 import difflib
 import errno
 import functools
+import glob
 import hashlib
 import importlib
 import json
 import os
 import pickle
+import platform
 import re
 import shutil
 import sys
@@ -188,14 +190,14 @@ def parse_folds(text):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open `<path>.tmp` for writing and rename it to `path` when the block ends well; else `path` stays as it was.
+    """Open a temporary file beside `path` and rename it to `path` when the block ends well; else `path` stays as it was.
 
-    Survives kill -9 and, through fsync of file and folder, power loss. The next write to the same path takes over
-    a `.tmp` that a killed process left.
+    Survives kill -9 and, through fsync of file and folder, power loss. Each process has a temporary name of its own, so
+    that two writers of one file never mix.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_path(path)
     try:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
             yield file
@@ -208,6 +210,25 @@ def atomic_write(path, mode="wb"):
             error.filename = str(path)
         raise
     sync_folder(path.parent)
+
+
+def temporary_path(path):
+    """Return this process's temporary name for a path, and remove those that dead processes of this machine left."""
+    beginning = f"{path.name}.{platform.node()}-"
+    for old in path.parent.glob(f"{glob.escape(beginning)}*.tmp"):
+        if os.name == "posix" and not is_running(int(old.name[len(beginning) : -len(".tmp")])):
+            old.unlink(missing_ok=True)
+    return path.with_name(f"{beginning}{os.getpid()}.tmp")
+
+
+def is_running(process_id):
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def sync_folder(path):
