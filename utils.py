@@ -190,7 +190,7 @@ def parse_folds(text):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside `path` and rename it to `path` when the block ends well; else `path` stays as it was.
+    """Open a temporary file beside `path`, renamed to `path` when the block ends well; else `path` stays as it was.
 
     Survives kill -9 and, through fsync of file and folder, power loss. Each process has a temporary name of its own, so
     that two writers of one file never mix.
@@ -265,10 +265,10 @@ def only_one(folder, script):
 
 @contextlib.contextmanager
 def try_lock(path, wait=False):
-    """Hold a file's lock while the block runs, if no other process has it: gives whether this process has it now.
+    """Hold a file's lock while the block runs, unless another process has it: gives whether this one has it now.
 
     wait: until the other process frees it. The system frees the lock of a process that ends, however that ends. Where
-    locks do not work, one process goes on with a note, and several are refused.
+    locks do not work, a single process continues with a note, and several are refused.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
