@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ import download_data
 from utils import UserError
 
 SCRIPT = Path(download_data.__file__)
+CONTENT = random.Random(0).randbytes(1_000_000)
 LOOPBACK_ONLY = {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
 
 
@@ -151,7 +154,7 @@ def test_force_replaces_damaged_clips(download, server, dataset, tmp_path):
     assert len(server.seen) == 2
 
 
-# --- Servers that misbehave: see test_fetch.py too ---------------------------------------------------------------
+# --- Servers that misbehave -------------------------------------------------------------------------------------
 
 
 def test_drops_busy_answers_and_a_server_without_range(download, server, dataset, tmp_path):
@@ -419,3 +422,164 @@ def test_flags_that_make_no_sense_are_refused(run_script, tmp_path):
     for flags in (["--md5", "123"], ["--retry_seconds", "-1"], ["--url", "zenodo", "--md5", "0" * 32]):
         done = run_script("download_data.py", "--data_dir", tmp_path, *flags)
         assert flags[1] in one_error_line(done)
+
+
+# --- Downloads of one file --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def bytes_server(no_proxy):
+    with serving(CONTENT) as server:
+        yield server
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "new_folder" / "archive.tar.gz"
+
+
+def check_whole(path, content=CONTENT):
+    """The file is whole and nothing lies beside it."""
+    assert path.read_bytes() == content
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_dropped_connections_go_on_where_they_broke(bytes_server, path, capsys):
+    bytes_server.moods = [("drop", 300_000), ("drop", 0), ("drop", 500_000)]
+    download_data.fetch(bytes_server.url, path, retry_seconds=0.01)
+    check_whole(path)
+    assert bytes_server.offsets == [0, 300_000, 300_000, 800_000]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("trying again in" in line for line in lines)
+
+
+def test_silent_connection_is_given_up_and_goes_on(bytes_server, path):
+    bytes_server.moods = [("stall", 300_000), ("stall", 0)]
+    download_data.fetch(bytes_server.url, path, retry_seconds=0.01, timeout=0.2)
+    check_whole(path)
+    assert bytes_server.offsets == [0, 300_000, 300_000]
+
+
+def test_bytes_of_an_earlier_run_are_not_fetched_again(bytes_server, path):
+    bytes_server.moods = [("drop", 300_000), ("status", 404)]
+    with pytest.raises(UserError, match="404"):
+        download_data.fetch(bytes_server.url, path, retry_seconds=0.01)
+    download_data.fetch(bytes_server.url, path, retry_seconds=0.01)
+    check_whole(path)
+    assert bytes_server.offsets == [0, 300_000, 300_000]
+
+
+def test_whole_part_needs_no_request(bytes_server, path):
+    bytes_server.moods = [("drop", 300_000), ("status", 404)]
+    with pytest.raises(UserError):
+        download_data.fetch(bytes_server.url, path, retry_seconds=0.01)
+    path.with_name(path.name + ".part").write_bytes(CONTENT)  # killed between the last byte and the rename
+    download_data.fetch(bytes_server.url, path)
+    check_whole(path)
+    assert len(bytes_server.seen) == 2
+
+
+def test_server_that_ignores_range_is_read_from_the_start(bytes_server, path, capsys):
+    bytes_server.moods = [("drop", 300_000), ("no range",)]
+    download_data.fetch(bytes_server.url, path, retry_seconds=0.01)
+    check_whole(path)
+    assert "starting over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keeps_to_if_range", [True, False])
+@pytest.mark.parametrize("new", [CONTENT[::-1], CONTENT[::-1] + b"longer", CONTENT[::-1][:500_000], b"short"])
+def test_file_that_changes_on_the_server_is_read_from_the_start(bytes_server, path, capsys, keeps_to_if_range, new):
+    def change():
+        bytes_server.content, bytes_server.etag = new, '"second"'
+
+    bytes_server.keeps_to_if_range = keeps_to_if_range
+    bytes_server.moods = [("drop", 300_000), ("call", change)]
+    download_data.fetch(bytes_server.url, path, retry_seconds=0.01)
+    check_whole(path, new)
+    assert "starting over" in capsys.readouterr().out
+
+
+def test_part_of_another_url_is_not_continued(bytes_server, path):
+    bytes_server.moods = [("drop", 300_000), ("status", 404)]
+    with pytest.raises(UserError):
+        download_data.fetch(bytes_server.url, path, retry_seconds=0.01)
+    download_data.fetch(bytes_server.url + "?mirror", path)
+    check_whole(path)
+    assert bytes_server.offsets == [0, 300_000, 0]
+
+
+@pytest.mark.parametrize("has_length", [True, False])
+def test_file_without_an_etag_or_length(bytes_server, path, has_length):
+    bytes_server.etag = None
+    bytes_server.moods = [("drop", 300_000)] if has_length else [("no length",)]
+    download_data.fetch(bytes_server.url, path, retry_seconds=0.01)
+    check_whole(path)
+
+
+@pytest.mark.parametrize("code", [429, 500, 503])
+def test_busy_server_is_asked_again(bytes_server, path, code, capsys):
+    bytes_server.moods = [("status", code), ("status", code)]
+    download_data.fetch(bytes_server.url, path, retry_seconds=0.01)
+    check_whole(path)
+    assert capsys.readouterr().out.count(f"the server answers {code}") == 2
+
+
+def test_busy_server_is_not_asked_before_it_wishes(bytes_server, path):
+    bytes_server.moods = [("status", 503, "1")]
+    started = time.monotonic()
+    download_data.fetch(bytes_server.url, path, retry_seconds=0.01)
+    assert time.monotonic() - started >= 1
+    check_whole(path)
+
+
+def test_wish_can_be_a_date(bytes_server, path, capsys):
+    bytes_server.moods = [("status", 503, formatdate(time.time() - 60, usegmt=True)), ("status", 503, "soon")]
+    download_data.fetch(bytes_server.url, path, retry_seconds=0.02)
+    check_whole(path)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "in 0 s" in first and "in 0.04 s" in second  # a wish that nobody can read falls back on our own wait
+
+
+def test_wish_for_an_hour_is_told_at_once(bytes_server, path):
+    bytes_server.moods = [("status", 429, "3600")]
+    with pytest.raises(UserError, match="3600 s"):
+        download_data.fetch(bytes_server.url, path)
+    assert len(bytes_server.seen) == 1
+
+
+def test_server_that_stays_busy_is_given_up(bytes_server, path):
+    bytes_server.moods = [("status", 503), ("status", 503), ("drop", 300_000), *[("status", 503)] * 100]
+    with pytest.raises(UserError, match=r"503.*goes on at 0\.3 MB"):
+        download_data.fetch(bytes_server.url, path, retry_seconds=0.001)
+    assert len(bytes_server.seen) == 2 + download_data.MAX_TRIES  # counted from the last new byte
+
+
+def test_what_waiting_cannot_mend_is_told_at_once(bytes_server, path):
+    bytes_server.moods = [("status", 404)]
+    with pytest.raises(UserError, match=r"404.*--url"):
+        download_data.fetch(bytes_server.url, path)
+    assert len(bytes_server.seen) == 1
+    for url in (closed_address(), "http://", "zenodo", "ftp:/x", "http://127.0.0.1:1/a b"):
+        with pytest.raises(UserError, match=r"--url|not a URL"):
+            download_data.fetch(url, path)
+
+
+def test_space_is_checked_with_what_is_left(bytes_server, path):
+    asked = []
+    bytes_server.moods = [("drop", 300_000)]
+    download_data.fetch(bytes_server.url, path, 0.01, check_space=lambda left, total: asked.append((left, total)))
+    assert asked == [(1_000_000, 1_000_000), (700_000, 1_000_000)]
+
+
+def test_refused_for_space_writes_nothing(bytes_server, path):
+    def refuse(left, total):
+        raise UserError("too small")
+
+    with pytest.raises(UserError, match="too small"):
+        download_data.fetch(bytes_server.url, path, check_space=refuse)
+    assert list(path.parent.iterdir()) == []
