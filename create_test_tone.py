@@ -4,11 +4,12 @@
     python create_test_tone.py --frequency 1000 --seconds 5 --level -20
     python create_test_tone.py --rate 48000 --output tone_48k.wav
 
-Writes a mono sine as 16-bit WAV and prints its path and what it holds. Both ends are faded, for a tone that starts or
-stops at once clicks.
+Writes a mono sine as 16-bit WAV and prints its path, frequency, length, level and rate. Both ends are faded, because a
+sudden start or end clicks.
 """
 
 import argparse
+import io
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,12 @@ from utils import UserError
 FILE_NAME = "test_tone.wav"
 FREQUENCY = 440.0  # Hz; the a' that orchestras tune to
 SECONDS = 2.0  # s
-LEVEL = -12.0  # dBFS; peak, where 0 is the loudest that a file can hold
+LEVEL = -12.0  # dBFS; peak; 0 is the loudest that a file can hold
 RATE = 44_100  # Hz; every sound card plays it
 FADE_SECONDS = 0.01  # s; at each end
-LONGEST_SECONDS = 600.0  # s
-LOWEST_LEVEL = -80.0  # dBFS; below it 16 bits leave a few steps of a sine
-RATES = (8_000, 192_000)  # Hz; lowest and highest
+MAX_SECONDS = 600.0  # s
+MIN_LEVEL = -80.0  # dBFS; below it, 16 bits leave a sine only a few steps
+RATES = (8_000, 192_000)  # Hz; min and max
 
 
 def parse_args():
@@ -42,21 +43,20 @@ def parse_args():
 
 
 def tone(frequency=FREQUENCY, seconds=SECONDS, level=LEVEL, rate=RATE):
-    """Return a faded sine as float64 samples, shape (seconds · rate,). UserError if a value makes no such tone.
+    """Return a faded sine as float64 samples, shape (seconds · rate,). UserError for values out of range.
 
     frequency, rate: Hz; level: dBFS of the peak.
     """
     if not RATES[0] <= rate <= RATES[1]:
-        raise UserError(f"a rate of {rate} Hz is outside {RATES[0]} to {RATES[1]}: 44100 plays everywhere")
+        raise UserError(f"--rate {rate} is outside {RATES[0]} to {RATES[1]} Hz: 44100 plays everywhere")
     if not 0 < frequency < rate / 2:
         raise UserError(
-            f"{frequency:g} Hz can't be sampled at {rate} Hz: a frequency lies between 0 and half the rate "
-            f"({rate / 2:g} Hz). Lower --frequency or raise --rate"
+            f"--frequency {frequency:g} is outside 0 to {rate / 2:g} Hz, half the rate: lower it, or raise --rate"
         )
-    if not 1 / rate <= seconds <= LONGEST_SECONDS:
-        raise UserError(f"{seconds:g} s is no length for a tone: --seconds is one sample to {LONGEST_SECONDS:g}")
-    if not LOWEST_LEVEL <= level <= 0:
-        raise UserError(f"a level of {level:g} dBFS is outside {LOWEST_LEVEL:g} to 0: 0 is the loudest there is")
+    if not 1 / rate <= seconds <= MAX_SECONDS:
+        raise UserError(f"--seconds {seconds:g} is outside one sample to {MAX_SECONDS:g} s: change it")
+    if not MIN_LEVEL <= level <= 0:
+        raise UserError(f"--level {level:g} is outside {MIN_LEVEL:g} to 0 dBFS: 0 is the loudest")
     n = round(seconds * rate)
     samples = 10 ** (level / 20) * np.sin(2 * np.pi * frequency * np.arange(n) / rate)  # (n,)
     n_fade = min(round(FADE_SECONDS * rate), n // 2)
@@ -67,13 +67,15 @@ def tone(frequency=FREQUENCY, seconds=SECONDS, level=LEVEL, rate=RATE):
 
 
 def write_tone(path, samples, rate):
-    """Write samples as a 16-bit WAV file, atomically. UserError if it can't be, or the name says another format."""
+    """Write samples as a 16-bit WAV file, atomically. UserError if that fails, or the name has another ending."""
     path = Path(path)
     if path.suffix.lower() != ".wav":
         raise UserError(f"{path} does not end in .wav: the tone is written as WAV")
+    wav = io.BytesIO()  # soundfile prints tracebacks of its own when a Python file is full
+    soundfile.write(wav, samples, rate, subtype="PCM_16", format="WAV")
     try:
         with utils.atomic_write(path) as file:
-            soundfile.write(file, samples, rate, subtype="PCM_16", format="WAV")
+            file.write(wav.getbuffer())
     except OSError as error:
         raise UserError(f"can't write {path} ({error.strerror}): name another file with --output") from error
 
