@@ -11,18 +11,14 @@ class Server(http.server.ThreadingHTTPServer):
 
     Moods: ("drop", n) closes after n bytes; ("stall", n) falls silent after n; ("slow",); ("no range",);
     ("wrong byte",) flips a bit in the middle; ("status", code, Retry-After or None); ("length", text) claims that
-    Content-Length; ("206",) answers a first request so; ("raw", bytes) sends these bytes alone.
-    A path that ends in .json gets `index`, without a mood.
+    Content-Length; ("raw", bytes) sends these bytes alone. A path that ends in .json gets `index`, without a mood.
     """
 
     def __init__(self, content, index=b""):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.index, self.moods = content, index, []
         self.offsets = []  # the first byte that each request for `content` asked for
-
-    @property
-    def address(self):
-        return f"http://127.0.0.1:{self.server_port}"
+        self.address = f"http://127.0.0.1:{self.server_port}"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -30,47 +26,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        server = self.server
         if self.path.endswith(".json"):
-            return self.answer(200, {"Content-Length": len(server.index)}, server.index)
+            return self.answer(200, self.server.index)
+        content = self.server.content
         start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
-        server.offsets.append(start)
-        mood, *value = server.moods.pop(0) if server.moods else ("well",)
+        self.server.offsets.append(start)
+        mood, *value = self.server.moods.pop(0) if self.server.moods else ("well",)
         if mood == "status":
-            return self.answer(value[0], {"Retry-After": value[1], "Content-Length": 0})
+            return self.answer(value[0], retry_after=value[1])
         if mood == "raw":
             return self.wfile.write(value[0])
-        content = server.content
         if mood == "wrong byte":
             middle = len(content) // 2
             content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        start = 0 if mood == "no range" else start
+        if mood == "no range":
+            start = 0
         if start >= len(content):
-            return self.answer(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": 0})
-        is_partial = start or mood == "206"
-        self.answer(
-            206 if is_partial else 200,
-            {
-                "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}" if is_partial else None,
-                "Content-Length": value[0] if mood == "length" else len(content) - start,
-            },
-        )
+            return self.answer(416)
+        span = f"bytes {start}-{len(content) - 1}/{len(content)}" if start else None
         body = content[start:][: value[0] if mood in ("drop", "stall") else None]
-        step = 50_000 if mood == "slow" else max(len(body), 1)
-        with contextlib.suppress(ConnectionError):
-            for i in range(0, len(body), step):
-                self.wfile.write(body[i : i + step])
-                time.sleep(0.02 if mood == "slow" else 0)
+        length = value[0] if mood == "length" else len(content) - start
+        self.answer(206 if start else 200, body, length, span, step=50_000 if mood == "slow" else None)
         if mood == "stall":
             self.rfile.read(1)  # until the client hangs up
 
-    def answer(self, status, headers, body=b""):
+    def answer(self, status, body=b"", length=None, span=None, retry_after=None, step=None):
         self.send_response(status)
-        for name, text in headers.items():
-            if text is not None:
-                self.send_header(name, str(text))
+        headers = {"Content-Length": length or len(body), "Content-Range": span, "Retry-After": retry_after}
+        for name, value in headers.items():
+            if value is not None:
+                self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):
+            for i in range(0, len(body), step or max(len(body), 1)):
+                self.wfile.write(body[i : i + (step or len(body))])
+                time.sleep(0.02 if step else 0)
 
 
 @contextlib.contextmanager
