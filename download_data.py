@@ -150,6 +150,7 @@ def root_cause(error):
 
 
 def md5_of(path):
+    """Return a file's md5 as 32 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 

@@ -87,8 +87,9 @@ def server(dataset):
         "clips": {Path(name).stem: {"audio": entry} for name, entry in files.items() if name.startswith("audio")},
         "metadata": {"UrbanSound8K.csv": files[download_data.METADATA]},
     }
+    folders = [member(f"UrbanSound8K{name}", tarfile.DIRTYPE) for name in ("", "/audio", "/audio/fold1")]
     strays = [member("._UrbanSound8K"), member("notes.txt", size=4)]
-    with serving(make_archive(dataset, extra=strays), json.dumps(index).encode()) as server:
+    with serving(make_archive(dataset, extra=[*folders, *strays]), json.dumps(index).encode()) as server:
         yield server
 
 
