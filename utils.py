@@ -42,25 +42,24 @@ class UserError(Exception):
 # --- Command lines -----------------------------------------------------------------------------------------------
 
 
-DISK_ERRORS = {
-    errno.ENOSPC: "Make room on the disk, or name a folder on another with --assets_dir",
-    errno.EDQUOT: "Your disk quota is used up: make room, or name another folder with --assets_dir",
-    errno.EROFS: "The disk is read-only: name a folder that can be written with --assets_dir",
-    errno.EACCES: "Change its permissions, or name a folder of your own with --assets_dir",
-    errno.EPERM: "Change its permissions, or name a folder of your own with --assets_dir",
+REMEDIES = {  # for what a disk or a path answers
+    errno.ENOSPC: "make room on the disk, or name a folder on another with --assets_dir",
+    errno.EDQUOT: "your disk quota is used up: make room, or name another folder with --assets_dir",
+    errno.EROFS: "the disk is read-only: name a folder that can be written with --assets_dir",
+    errno.EACCES: "change its permissions, or name a folder of your own with --assets_dir",
+    errno.EPERM: "change its permissions, or name a folder of your own with --assets_dir",
 }
-
-
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # what flock answers where there is none
 
 
 def run(main):
-    """Call `main()` as a script: exit status 0, 2 for a UserError (one line on stderr), 130 for Ctrl-C."""
+    """Call `main()` as a script: exit status 0, 2 for what a person can fix (one line on stderr), 130 for Ctrl-C."""
     for name in ("stdout", "stderr"):  # None where a caller has closed them
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
     # A log file or a pipe shows each line when it is written; a terminal without Unicode shows '?' for what it lacks.
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         check_config()
         main()
@@ -71,11 +70,12 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno is None:
             raise
-        sys.exit(
-            fail(f"{error.filename or 'the output'}: {error.strerror}. {DISK_ERRORS[error.errno]}, then run it again")
-        )
+        remedy = REMEDIES.get(error.errno, "check that path and its disk")
+        sys.exit(fail(f"{one_line(error.filename or 'the output')}: {error.strerror}: {remedy}, then run it again"))
+    except MemoryError as error:
+        sys.exit(fail(f"the memory is used up ({one_line(error) or 'no more to be had'}): close other programs"))
     except KeyboardInterrupt as interrupt:
         print(f"\n{str(interrupt) or 'Stopped by Ctrl-C.'}", file=sys.stderr)
         sys.exit(130)
@@ -132,8 +132,8 @@ def make_parser(script_doc):
     )
     parser.add_argument(
         "--assets_dir",
-        type=Path,
-        default=config.ASSETS_BASE_DIR,
+        type=lambda text: Path(text).expanduser(),
+        default=Path(config.ASSETS_BASE_DIR).expanduser(),
         metavar="DIR",
         help=f"folder of data, checkpoints, models and results (default: {config.ASSETS_BASE_DIR})",
     )
@@ -142,7 +142,7 @@ def make_parser(script_doc):
 
 def folder(flag, assets_dir, below):
     """Return the folder that a flag names, else `below` (a `..._DIR` of config.py) under the assets folder."""
-    return Path(flag) if flag else Path(assets_dir) / below
+    return Path(flag).expanduser() if flag else Path(assets_dir) / Path(below).expanduser()
 
 
 def run_folders(args):
@@ -232,13 +232,12 @@ def is_running(process_id):
 
 
 def sync_folder(path):
-    """Make the renames in a folder survive power loss (where the system can: Windows can't open folders)."""
+    """Make the renames in a folder survive power loss, where the system can: some disks have no fsync of folders."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with contextlib.suppress(OSError):
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def need_space(folder, needed, reason):
