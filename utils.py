@@ -364,11 +364,11 @@ def _around_memory(shape, dtype):
 
 
 def load_pickle(path, memory_map=False):
-    """Return what a pickle of protocol 3 to 5 holds, if that is arrays, plain containers, numbers and text alone.
+    """Return what a pickle of protocol 2 to 5 holds, if that is arrays, lists, tuples, dicts, numbers and text alone.
 
     memory_map: leave large arrays on the disk until they are used (see safe_pickle.load).
     Anything else in the file is refused by name with a UserError, and never run (safe_pickle.py). Memory stays below
-    five times the file's size and 100 MB, whoever made the file.
+    five times the file's size plus 100 MB, whoever made the file.
     """
     try:
         with open(path, "rb") as file:
