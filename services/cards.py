@@ -1,64 +1,17 @@
-"""The README.md of a Hugging Face repository: what stands there, made from the files themselves.
+"""The README.md of a Hugging Face repository: data_card.md and model_card.md, filled with facts from the files.
 
-A card has no date, so that the same files give the same card and nothing to send.
+A card has no date: the same files give the same card, and nothing to send.
 """
 
-import json
+from pathlib import Path
+from string import Template
 
 import data_loader
-import utils
-from reports import report
+from reports import tables
 
 URBANSOUND_CLIPS = 8732
-MINIATURE_FSID = 900_000  # the miniature's first Freesound id (demo_data.py); UrbanSound8K's last is 209992
-LEFT_OUT_SHOWN = 20
-
-DATASET_CARD = """\
----
-{header}
----
-
-# {title}
-
-Log-mel spectrograms of {source}, ready for training: {n_clips} clips of {n_classes} classes in the data set's own
-{n_folds} folds. Made by `preprocess_data.py` of the project Audio is All You Need.
-
-| file | content |
-|---|---|
-| `features.pkl` | array {shape}, {dtype}: clip × row × frame, power in dB; the rows: see below |
-| `labels.pkl`, `folds.pkl` | int64 arrays in the same order: classID; fold, 1 to 10 |
-| `class_mapping.pkl` | {{classID: class name}} |
-| `clips.csv` | the metadata rows in the same order |
-| `features.json` | audio settings, clip count, fingerprint |
-
-## How to load it
-
-Set `HF_REPO_ID = "{repo_id}"` in the project's `config.py`, then:
-
-    python train.py         # fetches these files where there are none, and trains
-
-or, in Python, once they are in a folder:
-
-    data = data_loader.load_processed(folder)       # data.features, data.labels, data.folds, data.class_names
-
-Both read the pickles with a loader that takes arrays, numbers and text alone. Any other way of opening a pickle may run
-code that is in it.
-
-## Audio settings
-
-{settings}
-
-The rows are the `n_mels` mel bands of a log-mel spectrogram, then the `fine_n_mels` bands of each of a frame's
-`fine_frames` shorter frames.
-
-## Clips per class and fold
-
-{counts}
-{left_out}
-## Source, licence and citation
-
-{licence}
-"""
+MINIATURE_FSID = 900_000  # the synthetic miniature's first Freesound id (demo_data.py); UrbanSound8K's last is 209992
+LEFT_OUT_LISTED = 20
 
 URBANSOUND_LICENCE = """\
 The recordings are those of UrbanSound8K (https://urbansounddataset.weebly.com/urbansound8k.html): excerpts from
@@ -75,157 +28,68 @@ The clips are synthetic, made by `python download_data.py --demo` in UrbanSound8
 among them, and no score on them says anything about it."""
 
 
-def dataset_card(folder, repo_id):
-    """Return the data set card of the processed files in a folder: a YAML header and Markdown."""
-    info = utils.load_json(folder / "features.json")
-    clips = data_loader.read_clip_table(folder / "clips.csv")
-    folds, counts = data_loader.count_clips(clips)
-    miniature = is_miniature(clip["slice_file_name"] for clip in clips)
-    title = "Synthetic miniature" if miniature else "UrbanSound8K"
-    partial = "" if miniature or len(clips) == URBANSOUND_CLIPS else f" of its {URBANSOUND_CLIPS:,}"
-    header = [
-        f"pretty_name: {json.dumps(f'{title}: log-mel spectrograms')}",
-        *([] if miniature else ["license: cc-by-nc-3.0"]),
-        "task_categories: [audio-classification]",
-        "tags: [audio, environmental-sound, log-mel-spectrogram, urbansound8k]",
-        f"size_categories: [{size_category(len(clips))}]",
-        "configs: [{config_name: clips, data_files: clips.csv}]",
-    ]
-    return DATASET_CARD.format(
-        header="\n".join(header),
-        title=f"{title}: log-mel spectrograms",
-        source="the project's synthetic miniature" if miniature else "UrbanSound8K",
-        n_clips=f"{len(clips):,}{partial}",
+def data_card(folder, repo_id):
+    """Return the card of a data set repository, Markdown below a YAML header, for the processed files in a folder."""
+    info = data_loader.read_info(folder)
+    clips = data_loader.read_clip_table(Path(folder) / "clips.csv")
+    is_synthetic = _is_miniature(clips["slice_file_name"])
+    counts = clips.groupby(["class", "fold"]).size().unstack(fill_value=0)  # (classes, folds) clips
+    rows = [[name, *row, sum(row)] for name, row in zip(counts.index, counts.to_numpy().tolist(), strict=True)]
+    rows.append(["all", *counts.sum().tolist(), len(clips)])
+    is_part = not is_synthetic and len(clips) < URBANSOUND_CLIPS
+    left_out = ", ".join(info["left_out"][:LEFT_OUT_LISTED]) + (", ..." * (len(info["left_out"]) > LEFT_OUT_LISTED))
+    return _fill(
+        "data_card.md",
+        is_synthetic,
+        title=f"{'Synthetic miniature' if is_synthetic else 'UrbanSound8K'}: log-mel spectrograms",
+        source="the project's synthetic miniature" if is_synthetic else "UrbanSound8K",
+        size_category="n<1K" if len(clips) < 1000 else "1K<n<10K" if len(clips) < 10_000 else "10K<n<100K",
+        n_clips=f"{len(clips):,}" + f" of its {URBANSOUND_CLIPS:,}" * is_part,
         n_classes=len(counts),
-        n_folds=len(folds),
+        n_folds=len(counts.columns),
         shape=" × ".join(f"{length:,}" for length in info["shape"]),
         dtype=info["audio"]["feature_dtype"],
         repo_id=repo_id,
-        settings=table(["setting", "value"], [[f"`{name}`", value] for name, value in info["audio"].items()]),
-        counts=count_table(folds, counts),
-        left_out=left_out_paragraph(info["left_out"]),
-        licence=MINIATURE_LICENCE if miniature else URBANSOUND_LICENCE,
+        settings=_settings_table(info["audio"]),
+        counts=tables.table(["class", *(f"fold {fold}" for fold in counts.columns), "all"], rows),
+        left_out=left_out and f"\n{len(info['left_out'])} left out as missing or unreadable: {left_out}\n",
     )
 
 
-def is_miniature(names):
+def model_card(results, names, repo_id):
+    """Return the card of a model repository. results: as results.json has them; names: file names of tested clips."""
+    settings, is_synthetic = results["run"].get("settings", {}), _is_miniature(names)
+    data = "Synthetic miniature of UrbanSound8K" if is_synthetic else "UrbanSound8K"
+    network = settings.get("model", "network")
+    return _fill(
+        "model_card.md",
+        is_synthetic,
+        network=network,
+        title=tables.titled(f"{network}, trained on {data}", results),
+        coverage=f"{data}, {tables.coverage(results)}, protocol {results['protocol']}",
+        accuracy=f"{results['accuracy_mean']:.4f}",
+        accuracy_name=tables.titled("Accuracy, mean over folds", results),
+        f1=f"{results['macro_f1']:.4f}",
+        f1_name=tables.titled("Macro F1, all clips together", results),
+        summary=tables.summary_line(results),
+        classes=tables.classes_table(results),
+        repo_id=repo_id,
+        settings=_settings_table(settings),
+    )
+
+
+def _fill(template, is_synthetic, **facts):
+    licence = MINIATURE_LICENCE if is_synthetic else URBANSOUND_LICENCE
+    licence_line = "" if is_synthetic else "license: cc-by-nc-3.0\n"
+    text = (Path(__file__).parent / template).read_text(encoding="utf-8")
+    return Template(text).substitute(facts, licence=licence, licence_line=licence_line)
+
+
+def _is_miniature(names):
     """Return whether all these file names, which begin with a Freesound id, are the synthetic miniature's."""
     first_parts = [name.split("-")[0] for name in names]
     return all(part.isdigit() and int(part) >= MINIATURE_FSID for part in first_parts)
 
 
-def size_category(n_clips):
-    """Return the Hub's name for the order of magnitude of a data set's rows."""
-    return "n<1K" if n_clips < 1000 else "1K<n<10K" if n_clips < 10_000 else "10K<n<100K"
-
-
-def count_table(folds, counts):
-    """Return clips per class and fold (see `data_loader.count_clips`) as a Markdown table with sums."""
-    rows = [[name, *row, sum(row)] for name, row in counts.items()]
-    rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
-    return table(["class", *(f"fold {fold}" for fold in folds), "all"], rows)
-
-
-def left_out_paragraph(names):
-    """Return a paragraph that names the clips which are in the metadata of the source and not here; "" if none are."""
-    if not names:
-        return ""
-    more = ", ..." if len(names) > LEFT_OUT_SHOWN else ""
-    return f"\n{len(names)} left out as missing or unreadable: {', '.join(names[:LEFT_OUT_SHOWN])}{more}\n"
-
-
-def table(header, rows):
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-# --- Models ------------------------------------------------------------------------------------------------------
-
-MODEL_CARD = """\
----
-{header}
----
-
-# {title}
-
-**{summary}**
-
-{coverage}. Protocol: {protocol}.
-
-{classes}
-
-![Confusion matrix](confusion_matrix.png)
-
-`report.md` and `results.json` have the rest: folds, confusions, confidence. The whole is made by `train.py` of the
-project Audio is All You Need.
-
-## How to predict
-
-    python predict.py recording.wav --from_hub {repo_id}
-    python predict.py recording.wav --from_hub {repo_id} --fold_num 3
-    python predict.py recording.wav --model_dir hf://{repo_id}
-
-in a clone of the project. `model_fold_<k>_best.safetensors` has weights, class names, audio settings and normalisation:
-nothing else is needed. Fold k was tested on the data set's fold k + 1 and has not seen it. `checkpoints/` has the
-weights of each epoch.
-
-## Settings
-
-{settings}
-
-## Source, licence and citation
-
-{licence}
-"""
-
-
-def model_card(results, names, repo_id):
-    """Return the card of a model repository: a YAML header, with the `model-index` that the Hub shows, and Markdown.
-
-    results: as results.json has them; names: of some tested clips.
-    """
-    settings = results["run"].get("settings", {})
-    network = settings.get("model", "network")
-    miniature = is_miniature(names)
-    data = "Synthetic miniature of UrbanSound8K" if miniature else "UrbanSound8K"
-    header = {
-        **({} if miniature else {"license": "cc-by-nc-3.0"}),
-        "library_name": "audio_is_all_you_need",
-        "pipeline_tag": "audio-classification",
-        "tags": ["audio", "environmental-sound", "log-mel-spectrogram", "urbansound8k"],
-        "model-index": [{"name": network, "results": [model_index_result(results, data)]}],
-    }
-    return MODEL_CARD.format(
-        header="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()),
-        title=report.titled(f"{network}, trained on {data}", results),
-        summary=report.summary_line(results),
-        coverage=report.coverage(results),
-        protocol=report.PROTOCOLS.get(results["protocol"], "not one of this project"),
-        classes=report.classes_table(results),
-        repo_id=repo_id,
-        settings=table(["setting", "value"], [[f"`{name}`", value] for name, value in settings.items()]),
-        licence=MINIATURE_LICENCE if miniature else URBANSOUND_LICENCE,
-    )
-
-
-def model_index_result(results, data):
-    """Return the scores as the Hub's metadata has them: shares from 0 to 1, and a name that says what they are."""
-    folds = f"{results['folds_present']} folds" if results["folds_present"] > 1 else "one fold"
-    values = {
-        f"Accuracy, mean of {folds}": ("accuracy", results["accuracy_mean"]),
-        f"Accuracy, standard deviation over {folds}": ("accuracy_std", results["accuracy_std"]),
-        "Macro F1, all clips together": ("f1", results["macro_f1"]),
-    }
-    return {
-        "task": {"type": "audio-classification", "name": "Audio classification"},
-        "dataset": {
-            "type": "urbansound8k",
-            "name": report.titled(f"{data}, {report.coverage(results)}, protocol {results['protocol']}", results),
-        },
-        "metrics": [
-            {"type": kind, "value": round(value, 4), "name": report.titled(name, results)}
-            for name, (kind, value) in values.items()
-            if value is not None
-        ],
-    }
+def _settings_table(settings):
+    return tables.table(["setting", "value"], [[f"`{name}`", value] for name, value in settings.items()], left=(0, 1))

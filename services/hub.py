@@ -1,297 +1,220 @@
 """The Hugging Face Hub: the only file that knows it. Off until config.py or the environment names a repository.
 
-    python -m services.hub push        # send what HF_REPO_ID and HF_MODEL_REPO_ID lack, after a failed upload or a crash
+    python -m services.hub push     # send what HF_REPO_ID and HF_MODEL_REPO_ID lack, after a failed upload or a crash
 
-Stage 2 uploads the processed files to HF_REPO_ID by itself, and stage 3 fetches them where they are missing; stage 3
-uploads models to HF_MODEL_REPO_ID (publisher.py), and stage 4 fetches them. Prints one line: the address, or what
-failed, why, and the remedy. What a repository holds already is not sent again.
+Stage 2 uploads the processed files to HF_REPO_ID, and stage 3 fetches them where they are missing. Stage 3 uploads
+models to HF_MODEL_REPO_ID, and stage 4 fetches them. What a repository has already is not sent again. What training
+makes waits in checkpoints/outbox as hard links, under its name in the repository, so that neither pruning nor a kill
+takes it away.
 """
 
 import contextlib
+import csv
 import json
 import os
-import re
 import shlex
+import shutil
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import config
 import data_loader
 import utils
 from data_loader import PROCESSED_FILES
-from services import cards
-from utils import UserError
+from utils import UserError, fcntl
 
-ANSWER_SECONDS = 30  # s without a byte from the network until a request has failed; HF_HUB_DOWNLOAD_TIMEOUT overrides
-LONGEST_WAIT = 60  # s; where the Hub asks for a longer pause (its limits are per hour), the run goes on without it
-# A stalled Xet transfer ends after 9 minutes (by its own defaults 30). One try may have 64 MB to send on a slow line.
-XET_LIMITS = {"HF_XET_CLIENT_READ_TIMEOUT": "180s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
+ANSWER_SECONDS = 30  # s without an answer until a look-up or a download has failed
+UPLOAD_SECONDS = 3600  # s that preprocessing waits for its upload
+FINISH_SECONDS = 120  # s that a finished training waits for its last commit
+STOP_SECONDS = 3  # s that an interrupted one waits
 SPARE_DISK = 100e6  # bytes left free beside fetched files
+MODEL_FILE = "model_fold_{}_best.safetensors"  # as model.py names it; importing that takes torch's seconds
+RESULT_FILES = ("results.json", "report.md", "confusion_matrix.png")
 
 
-# --- The client, bounded in time ---------------------------------------------------------------------------------
+# --- The client, and its failures in words -----------------------------------------------------------------------
+
+STORAGE_FULL = "the storage is full; make room or extend it: https://huggingface.co/settings/billing"
+REASONS = {  # HTTP status: reason and remedy
+    401: "the token is refused; run `hf auth login` again, or correct HF_TOKEN",
+    402: STORAGE_FULL,
+    403: "the token has no right to it; take one that may write, or a repository of your own",
+    404: "there is no such repository that your token may see; check HF_REPO_ID and HF_MODEL_REPO_ID in config.py",
+    413: STORAGE_FULL,
+    429: "too many requests; try again later",
+    507: STORAGE_FULL,
+}
 
 
 def connect():
-    """Return huggingface_hub's HfApi, whose requests end in bounded time. UserError if the package is missing."""
+    """Return huggingface_hub's HfApi. UserError if the package is missing."""
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        os.environ.setdefault(name, str(ANSWER_SECONDS))
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it warns at each retry; the outcome is our one line
     utils.need("huggingface_hub", "the Hugging Face Hub")
-    from huggingface_hub import HfApi, set_client_factory
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
-    set_client_factory(_client)
-    for name, limit in XET_LIMITS.items():
-        os.environ.setdefault(name, limit)
-    if "HF_HUB_VERBOSITY" not in os.environ:
-        logging.set_verbosity_error()  # else it warns at each retry; the outcome is our one line
-    if not sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+    if not sys.stderr.isatty() or threading.current_thread() is not threading.main_thread():
         disable_progress_bars()
     return HfApi(library_name="audio_is_all_you_need")
 
 
-def _client():
-    from huggingface_hub.utils._http import default_client_factory
-
-    client = default_client_factory()  # without any time limit, and some of its requests ask for none
-    client.event_hooks["request"].append(_limit_time)
-    client.event_hooks["response"].append(_refuse_long_wait)
-    return client
-
-
-def _answer_seconds():
-    return int(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or ANSWER_SECONDS)
-
-
-def _limit_time(request):
-    limits = request.extensions["timeout"]  # connect, read, write, pool: s each, None for no limit
-    longest = _answer_seconds()
-    request.extensions["timeout"] = {name: min(limit or longest, longest) for name, limit in limits.items()}
-
-
-def _refuse_long_wait(response):
-    """Fail now where the client library would sleep as long as the Hub asks, hours if need be."""
-    if response.status_code >= 400 and _seconds_to_wait(response) > LONGEST_WAIT:
-        from huggingface_hub.utils import hf_raise_for_status
-
-        response.read()
-        hf_raise_for_status(response)
-
-
-def _seconds_to_wait(response):
-    from huggingface_hub.utils import parse_ratelimit_headers
-
-    limit = parse_ratelimit_headers(response.headers)
-    if limit and limit.remaining == 0:
-        return limit.reset_in_seconds
-    pause = response.headers.get("Retry-After", "")
-    return int(pause) if pause.isdigit() else 0
-
-
-# --- Failures in words -------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def failures(what, otherwise=""):
-    """Raise what goes wrong in the block as a UserError of one line: `what`, the reason, the remedy, `otherwise`."""
+    """Raise what goes wrong in the block as a UserError of one line: `what`, the reason, the remedy, `otherwise`.
+
+    Its is_lasting says whether the failure stays until a person does something.
+    """
     try:
         yield
-    except UserError as error:  # has its remedy
+    except UserError as error:  # it has its remedy
         raise UserError(f"{what}: {error}") from error
     except Exception as error:  # of the client library, its HTTP and Xet libraries, or the disk
-        failure = UserError(f"{what}: {explain(error)}{otherwise}")
-        failure.is_lasting = is_lasting(error)
+        reason, is_lasting = explain(error)
+        failure = UserError(f"{what}: {reason}{otherwise}")
+        failure.is_lasting = is_lasting
         raise failure from error
 
 
-def is_lasting(error):
-    """Return whether a failure stays until a person does something: an answer by which the Hub refuses, or none."""
-    from huggingface_hub import errors
-
-    for cause in _causes(error):
-        if isinstance(cause, (errors.OfflineModeIsEnabled, errors.HFValidationError)):
-            return True
-        if isinstance(cause, errors.HfHubHTTPError):
-            status = cause.response.status_code
-            return status == 507 or (400 <= status < 500 and status not in (408, 409, 412, 429))
-    return False
-
-
-def _causes(error):
-    """Return an error and what it came from, the nearest first."""
-    causes = [error]
-    while error := error.__cause__ or error.__context__:
-        causes.append(error)
-    return causes
-
-
 def explain(error):
-    """Return reason and remedy, in one line, of whatever the Hub, its client or the network raised."""
-    import httpx2
-    from huggingface_hub import errors
+    """Return (reason and remedy, is_lasting) of what the Hub, its client, the network or the disk raised."""
+    from huggingface_hub import errors, get_token
 
-    causes = _causes(error)
-    for cause in causes:
+    cause = error
+    while cause is not None:  # the client wraps what happened, more than once
         if isinstance(cause, errors.OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set; unset it (and TRANSFORMERS_OFFLINE) to use the Hub"
-        if isinstance(cause, errors.HfHubHTTPError):
-            said = _one_line(cause.server_message or "")
-            return _explain_status(cause.response.status_code, said, _seconds_to_wait(cause.response))
-        if isinstance(cause, httpx2.TimeoutException):
-            return f"no answer for {_answer_seconds()} s; check the network, or try again later"
-        if isinstance(cause, httpx2.TransportError):
-            return f"no connection ({_one_line(cause)}); check the network, and HF_ENDPOINT if that is set"
+            return "HF_HUB_OFFLINE is set; unset it (and TRANSFORMERS_OFFLINE) to use the Hub", True
         if isinstance(cause, errors.HFValidationError):
-            return 'no valid repository name; set HF_REPO_ID in config.py to "owner/name"'
-        if isinstance(cause, json.JSONDecodeError):
-            return "the answer is not the Hub's; check the network (a proxy or log-in page?) and HF_ENDPOINT"
-        if isinstance(cause, ConnectionError):  # hf_xet's, for whatever goes wrong in its transfer
-            return _explain_xet(str(cause))
-    if isinstance(causes[0], OSError) and causes[0].strerror:
-        return f"{causes[0].strerror}: {causes[0].filename or 'on the disk'}"
-    return f"{type(causes[0]).__name__}: {_one_line(causes[0])}"
+            return 'the repository has no valid name; set it in config.py as "owner/name"', True
+        if isinstance(cause, (json.JSONDecodeError, errors.FileMetadataError)):
+            return "the answer is not the Hub's; check the network (a proxy or log-in page?) and HF_ENDPOINT", False
+        if isinstance(cause, errors.HfHubHTTPError):
+            status, message = cause.response.status_code, one_line(cause.server_message or "")
+            reason = REASONS.get(status, "the Hub is in trouble; try again later" if status >= 500 else "refused")
+            if status == 401 and not get_token():
+                reason = "there is no token; run `hf auth login`, or set HF_TOKEN (and check the repository's name)"
+            if status == 403 and "storage" in message.lower():
+                reason = STORAGE_FULL
+            return f"{reason} [{status}{': ' if message else ''}{message}]", status in REASONS and status != 429
+        if type(cause).__module__.startswith("http"):  # the client's HTTP library
+            text = one_line(f"{type(cause).__name__}: {cause}")
+            return f"no connection ({text}); check the network, and HF_ENDPOINT if that is set", False
+        cause = cause.__cause__ or cause.__context__
+    return one_line(f"{type(error).__name__}: {error}"), False
 
 
-def _explain_status(status, said, seconds=0):
-    from huggingface_hub import get_token
-
-    if status in (402, 413, 507) or (status == 403 and re.search("storage|quota", said, re.IGNORECASE)):
-        reason = "the storage is full; make room or extend it: https://huggingface.co/settings/billing"
-    elif status == 401 and not get_token():
-        reason = "there is no token; run `hf auth login`, or set HF_TOKEN (and check HF_REPO_ID)"
-    elif status == 401:
-        reason = "the token is not accepted; run `hf auth login` again, or correct HF_TOKEN"
-    elif status == 403:
-        reason = "the token has no right to it; take one that may write, or a repository of your own as HF_REPO_ID"
-    elif status == 404:
-        reason = (
-            "there is no such repository that your token may see; check HF_REPO_ID and HF_MODEL_REPO_ID in config.py"
-        )
-    elif status == 429:
-        reason = f"too many requests; try again {f'in {seconds} s' if seconds else 'later'}"
-    elif status >= 500:
-        reason = "the Hub is in trouble; try again later"
-    else:
-        reason = "the Hub refuses the request"
-    return f"{reason} [{status}{': ' if said else ''}{said}]"
+def one_line(text):
+    """Return untrusted text as one line of at most 200 characters, all printable."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:200]
 
 
-def _explain_xet(text):
-    status = re.search(r"HTTP status \w+ error \((\d{3})", text)
-    if status and status[1] == "404":
-        return "the server has no Xet storage; set HF_HUB_DISABLE_XET=1 [404]"
-    if status:
-        return _explain_status(int(status[1]), "from the Xet storage" + ", which may be full" * (status[1] == "403"))
-    return f"the transfer failed ({_one_line(text)}); check the network, or try again later"
+@contextlib.contextmanager
+def in_turn(folder):
+    """Hold a folder's lock while the block runs; wait for a process that has it. The end of a process releases it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".hub.lock", "a") as file:
+        if fcntl:  # not on Windows
+            with contextlib.suppress(OSError):  # a disk without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
-def _one_line(text):
-    return " ".join(str(text).split())[:200]
+def commit(repo_id, repo_type, files, message):
+    """Send files, {name in the repository: path or bytes}, in one commit, and return the repository's address.
+
+    The repository is made if needed.
+    """
+    api = connect()
+    from huggingface_hub import CommitOperationAdd
+
+    url = api.create_repo(repo_id, repo_type=repo_type, private=config.HF_PRIVATE, exist_ok=True)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    for operation in operations:  # one by one: for several it starts threads, for which Python waits when it ends
+        api.preupload_lfs_files(repo_id, [operation], repo_type=repo_type, free_memory=False)
+    api.create_commit(repo_id, operations, repo_type=repo_type, commit_message=message)
+    return url
 
 
 # --- The processed files -----------------------------------------------------------------------------------------
 
 
-def upload_processed(folder, repo_id, private=config.HF_PRIVATE):
-    """Send the processed files and a card to a data set repository, and return whether that worked.
+def upload_processed(folder, repo_id):
+    """Send the processed files to a data set repository within UPLOAD_SECONDS, and return whether that worked.
 
-    Never raises for a failure of the Hub or the network: prints one line and leaves the run to go on.
+    Never raises: a failure is one line on stderr.
     """
-    try:
-        push_processed(folder, repo_id, private)
-        return True
-    except UserError as error:
-        print(
-            f"warning: {error}. The run goes on; to send the files later: "
-            f"python -m services.hub push --processed_dir {shlex.quote(str(folder))}",
-            file=sys.stderr,
-        )
-        return False
+    outcome = [f"the data set {repo_id} on the Hub is not updated after {UPLOAD_SECONDS} s; check the network"]
+
+    def push():
+        try:
+            outcome[0] = push_processed(folder, repo_id)
+        except Exception as error:
+            outcome[0] = str(error)
+
+    thread = threading.Thread(target=push, daemon=True)
+    thread.start()
+    thread.join(UPLOAD_SECONDS)
+    if outcome[0]:
+        command = f"python -m services.hub push --processed_dir {shlex.quote(str(folder))}"
+        print(f"warning: {outcome[0]}. To send the files later: {command}", file=sys.stderr)
+    return not outcome[0]
 
 
-def push_processed(folder, repo_id, private=config.HF_PRIVATE):
-    """Send the processed files and a card in one commit, to a repository that is made if needed. UserError if it fails.
+def push_processed(folder, repo_id):
+    """Send the processed files and a card in one commit. UserError says what failed, why, and what to do."""
+    from services import cards  # here, for the libraries that a report's tables need
 
-    Files that the repository has already are not sent again, and if it has all of them there is no commit.
-    """
     folder = Path(folder)
     with failures(f"the data set {repo_id} on the Hub is not updated"):
         if missing := [name for name in PROCESSED_FILES if not (folder / name).is_file()]:
             raise UserError(f"{folder} lacks {', '.join(missing)}; run python preprocess_data.py")
-        card = cards.dataset_card(folder, repo_id)
-        api = connect()
-        from huggingface_hub import CommitOperationAdd
-
-        total = sum((folder / name).stat().st_size for name in PROCESSED_FILES)
-        print(f"sending {_amount(total)}, to the data set {repo_id} on the Hub", flush=True)
-        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        files = [CommitOperationAdd(name, folder / name) for name in PROCESSED_FILES]
-        files.append(CommitOperationAdd("README.md", card.encode()))
-        commit = api.create_commit(repo_id, files, repo_type="dataset", commit_message="Processed files")
-    print(f"on the Hub: {api.endpoint}/datasets/{repo_id} (commit {commit.oid[:8]})")
+        files = {name: folder / name for name in PROCESSED_FILES}
+        total = sum(path.stat().st_size for path in files.values())
+        print(f"sending {total / 1e6:,.1f} MB to the data set {repo_id} on the Hub", flush=True)
+        files["README.md"] = cards.data_card(folder, repo_id).encode()
+        url = commit(repo_id, "dataset", files, "Processed files")
+    print(f"on the Hub: {one_line(url)}")
 
 
 def fetch_processed(folder, repo_id):
-    """Download the processed files of a data set repository into `folder`: all six or none, and nothing else.
+    """Download the processed files of a data set repository into a folder without them: all six or none.
 
-    UserError names the repository, the reason and the remedy. The pickles are not opened here.
+    UserError names the repository, the reason and the remedy. The pickles are not opened here. Of several processes
+    one fetches, and the others wait for it.
     """
     folder = Path(folder)
     with failures(f"can't fetch the data set {repo_id} from the Hub", "; or run python preprocess_data.py"):
         api = connect()
-        info = api.dataset_info(repo_id, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}  # bytes
-        if missing := [name for name in PROCESSED_FILES if name not in sizes]:
-            raise UserError(
-                f"it lacks {', '.join(missing)}; send it again (python -m services.hub push), or preprocess here"
-            )
-        total = sum(sizes[name] for name in PROCESSED_FILES)
-        print(f"fetching {_amount(total)} of the data set {repo_id} (commit {info.sha[:8]}) -> {folder}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        utils.need_space(folder, total + SPARE_DISK, " and that is too little; make room")
-        with tempfile.TemporaryDirectory(prefix="fetching_", dir=folder) as temporary:
-            temporary = Path(temporary)
-            for name in reversed(PROCESSED_FILES):  # features.json first: settings that don't fit cost no download
-                api.hf_hub_download(repo_id, name, repo_type="dataset", revision=info.sha, local_dir=temporary)
-                if name == "features.json":
-                    _check_settings(temporary / name)
-                with open(temporary / name, "rb+") as file:
-                    os.fsync(file.fileno())  # on the disk before it has its name
-            (folder / "features.json").unlink(missing_ok=True)
-            for name in PROCESSED_FILES:  # features.json last: it marks a complete set
-                os.replace(temporary / name, folder / name)
-        utils.sync_folder(folder)
+        with in_turn(folder):
+            if (folder / "features.json").is_file():  # by now: another process has fetched them
+                return
+            for leftover in folder.glob("fetching_*"):  # of a fetch that was killed
+                shutil.rmtree(leftover)
+            info = api.dataset_info(repo_id, files_metadata=True, timeout=ANSWER_SECONDS)
+            sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}  # bytes
+            if missing := [name for name in PROCESSED_FILES if name not in sizes]:
+                raise UserError(f"it lacks {', '.join(missing)}; send it again: python -m services.hub push")
+            total = sum(sizes[name] for name in PROCESSED_FILES)
+            print(f"fetching {total / 1e6:,.1f} MB of the data set {repo_id} to {folder}", flush=True)
+            utils.need_space(folder, total + SPARE_DISK, " and that is too little; make room")
+            with tempfile.TemporaryDirectory(prefix="fetching_", dir=folder) as temporary:
+                for name in reversed(PROCESSED_FILES):  # features.json first: settings that don't fit cost no download
+                    path = api.hf_hub_download(
+                        repo_id, name, repo_type="dataset", revision=info.sha, local_dir=temporary
+                    )
+                    if name == "features.json":
+                        data_loader.check_audio_settings(data_loader.read_info(Path(temporary))["audio"])
+                    with open(path, "rb+") as file:
+                        os.fsync(file.fileno())  # on the disk before it has its name
+                for name in PROCESSED_FILES:  # features.json last: it marks a complete set
+                    os.replace(Path(temporary) / name, folder / name)
+            utils.sync_folder(folder)
 
 
-def _check_settings(path):
-    info = utils.load_json(path)
-    audio = info.get("audio") if isinstance(info, dict) else None
-    if not isinstance(audio, dict):
-        raise UserError("its features.json has no audio settings")
-    data_loader.check_audio_settings(audio)
-
-
-def _amount(total):
-    return f"{len(PROCESSED_FILES)} files, {total / 1e6:,.1f} MB"
-
-
-# --- Models ------------------------------------------------------------------------------------------------------
-
-
-def commit_files(repo_id, files, message, private=config.HF_PRIVATE):
-    """Send files to a model repository, which is made if needed, in one commit. UserError if it fails.
-
-    files: {name in the repository: path}. What the repository has already is not sent again, and if that is all, there
-    is no commit.
-    """
-    with failures(f"the model repository {repo_id} on the Hub is not updated"):
-        api = connect()
-        from huggingface_hub import CommitOperationAdd
-
-        api.create_repo(repo_id, repo_type="model", private=private, exist_ok=True)
-        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-        for operation in operations:  # one by one: for several it starts threads, which Python's end waits for
-            api.preupload_lfs_files(repo_id, [operation], repo_type="model", free_memory=False)
-        api.create_commit(repo_id, operations, repo_type="model", commit_message=message)
+# --- Models for prediction ---------------------------------------------------------------------------------------
 
 
 def fetch_model(repo_id, fold):
@@ -299,52 +222,189 @@ def fetch_model(repo_id, fold):
 
     UserError names the repository, the reason and the remedy, or the folds that it has.
     """
-    from model import model_path  # imports torch, which preprocessing does without
-
-    name = model_path("", fold).name
-    with failures(f"can't fetch {name} from {repo_id} on the Hub"):
+    with failures(f"can't fetch the model of fold {fold} from {repo_id} on the Hub"):
         api = connect()
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         try:
-            return Path(api.hf_hub_download(repo_id, name))
+            return Path(api.hf_hub_download(repo_id, MODEL_FILE.format(fold)))
         except RemoteEntryNotFoundError:
-            there = folds_at(api, repo_id)
-        raise UserError(f"it has the folds {there}; choose one with --fold_num")
+            raise UserError(f"it has the folds {model_folds(repo_id)}; choose one with --fold_num") from None
 
 
 def model_folds(repo_id):
-    """Return the folds, 0-indexed, whose models a repository holds. UserError if there is none."""
+    """Return the folds, 0-indexed, whose models a repository holds; offline, those in the cache. UserError if none."""
     with failures(f"can't list the models of {repo_id} on the Hub"):
-        return folds_at(connect(), repo_id)
+        api = connect()
+        from huggingface_hub import errors, try_to_load_from_cache
+
+        try:
+            files = {file.rfilename for file in api.model_info(repo_id, timeout=ANSWER_SECONDS).siblings or []}
+        except errors.OfflineModeIsEnabled:
+            names = map(MODEL_FILE.format, range(10))
+            files = {name for name in names if isinstance(try_to_load_from_cache(repo_id, name), str)}
+            if not files:
+                raise
+        if folds := [fold for fold in range(10) if MODEL_FILE.format(fold) in files]:
+            return folds
+        raise UserError("it holds no model; send one: python -m services.hub push")
 
 
-def folds_at(api, repo_id):
-    """Return the folds, 0-indexed, whose models a repository holds. UserError if there is none."""
-    from model import model_path
+# --- What training makes -----------------------------------------------------------------------------------------
 
-    files = api.list_repo_files(repo_id)
-    there = [number for number in range(10) if model_path("", number).name in files]
-    if not there:
-        raise UserError("it holds no model")
-    return there
+
+def put(outbox, name, path):
+    """Let a file wait under its name in the repository, as it is now."""
+    target = outbox / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a disk without links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, target)
+
+
+def put_results(paths, results, names, repo_id):
+    """Let the report wait, with the model card made from it. results: as in results.json; names: of tested clips."""
+    from services import cards
+
+    with utils.atomic_write(paths.results / "model_card.md", "w") as file:
+        file.write(cards.model_card(results, names, repo_id))
+    put(paths.checkpoints / "outbox", "README.md", paths.results / "model_card.md")
+    for name in RESULT_FILES:
+        put(paths.checkpoints / "outbox", name, paths.results / name)
+
+
+def waiting(outbox):
+    """Return {name in the repository: path} of what is not sent yet."""
+    paths = sorted(path for path in outbox.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(outbox).as_posix(): path for path in paths}
+
+
+def send(outbox, repo_id):
+    """Send all that waits, and return how many files that were. UserError if it fails; then they wait on."""
+    with failures(f"the model repository {repo_id} on the Hub is not updated"), in_turn(outbox):
+        files = waiting(outbox)
+        before = {name: os.stat(path) for name, path in files.items()}
+        if files:
+            commit(repo_id, "model", files, f"{', '.join(list(files)[:3])}{', ...' * (len(files) > 3)}")
+        for name, path in files.items():
+            if os.path.samestat(before[name], os.stat(path)):  # else a newer version has come in the meantime
+                path.unlink()
+        return len(files)
+
+
+def forget(checkpoint_dir, folds):
+    """Remove what waits for these folds, and the report, which speaks for them: --fresh begins them again."""
+    outbox = Path(checkpoint_dir) / "outbox"
+    for name in ("README.md", *RESULT_FILES, *map(MODEL_FILE.format, folds)):
+        (outbox / name).unlink(missing_ok=True)
+    for fold in folds:
+        shutil.rmtree(outbox / "checkpoints" / f"fold_{fold}", ignore_errors=True)
+
+
+class Publisher:
+    """Sends what training makes, from a background thread. Does nothing without HF_MODEL_REPO_ID, and never raises.
+
+    It commits every HF_COMMIT_MINUTES and at a fold's end. Several processes may add to one outbox: each in turn sends
+    all that waits there, and so what a process that was killed has left.
+    paths: the run's folders (.checkpoints, .models, .results).
+    """
+
+    def __init__(self, paths):
+        self.paths, self.repo_id = paths, config.HF_MODEL_REPO_ID
+        self.outbox = Path(paths.checkpoints) / "outbox"
+        self.wake, self.is_closing, self.has_failed, self.has_warned = threading.Event(), False, False, False
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        if self.repo_id:
+            self.thread.start()
+
+    def add_epoch(self, fold_number, epoch):
+        """Add the weights of an epoch; they go with the next commit, even if they are pruned before."""
+        name = f"fold_{fold_number}/epoch_{epoch}.safetensors"
+        self._add(put, self.outbox, f"checkpoints/{name}", self.paths.checkpoints / name)
+
+    def add_model(self, fold_number):
+        """Add a tested fold's model, and send what waits."""
+        name = MODEL_FILE.format(fold_number)
+        self._add(put, self.outbox, name, self.paths.models / name)
+        self.wake.set()
+
+    def add_results(self, results, names):
+        """Add the report and the model card. results: as in results.json; names: file names of tested clips."""
+        self._add(put_results, self.paths, results, names, self.repo_id)
+
+    def close(self, finished):
+        """Send what is left, wait for that in bounded time, and say what could not be sent."""
+        if not self.repo_id:
+            return
+        self.is_closing = True
+        self.wake.set()
+        self.thread.join(FINISH_SECONDS if finished else STOP_SECONDS)
+        is_done = not self.has_failed and not self.thread.is_alive()
+        count = 0 if is_done else len(waiting(self.outbox))  # if done, what waits is another process's, which sends it
+        if count:
+            command = f"python -m services.hub push --assets_dir {shlex.quote(str(self.paths.checkpoints.parent))}"
+            print(f"warning: {count} files are not on the Hub yet; to send them: {command}", file=sys.stderr)
+
+    def _add(self, function, *arguments):
+        if self.repo_id:
+            try:
+                function(*arguments)
+            except Exception as error:
+                self._warn(error)
+
+    def _work(self):
+        """Send what waits at intervals and when woken, until the run ends or the Hub refuses for good."""
+        is_ending = False
+        while not is_ending:
+            self.wake.wait(60 * config.HF_COMMIT_MINUTES)
+            self.wake.clear()
+            is_ending = self.is_closing  # read before sending: what is added later wakes the next wait
+            try:
+                send(self.outbox, self.repo_id)
+                self.has_failed = False
+            except Exception as error:
+                self.has_failed = True
+                self._warn(error)
+                is_ending |= getattr(error, "is_lasting", False)
+
+    def _warn(self, error):
+        """Print the first failure; later ones are silent, and close() says how many files are left."""
+        if not self.has_warned:
+            self.has_warned = True
+            print(f"warning: {error}. Training goes on", file=sys.stderr, flush=True)
 
 
 # --- By hand -----------------------------------------------------------------------------------------------------
 
 
-def parse_args():
-    parser = utils.make_parser(__doc__)
-    parser.add_argument("command", choices=["push"], help="send what the repositories lack")
-    parser.add_argument("--processed_dir", metavar="DIR", help="processed files (default: data/ in the assets)")
-    parser.add_argument("--checkpoint_dir", metavar="DIR", help="default: checkpoints/ in the assets")
-    parser.add_argument("--model_dir", metavar="DIR", help="default: models/ in the assets")
-    parser.add_argument("--results_dir", metavar="DIR", help="default: results/ in the assets")
-    return parser.parse_args()
+def push_models(paths, repo_id):
+    """Send what a run's folders hold and the repository lacks. UserError if it fails, or there is nothing."""
+    outbox = paths.checkpoints / "outbox"
+    for path in paths.checkpoints.glob("fold_[0-9]/epoch_*.safetensors"):
+        put(outbox, f"checkpoints/{path.parent.name}/{path.name}", path)
+    for path in paths.models.glob(MODEL_FILE.format("[0-9]")):
+        put(outbox, path.name, path)
+    names = []
+    for path in paths.results.glob("predictions_fold_[0-9].csv"):
+        with open(path, encoding="utf-8", newline="") as file:
+            names += [row["slice_file_name"] for row in csv.DictReader(file)]
+    if names and (paths.results / "results.json").is_file():
+        put_results(paths, utils.load_json(paths.results / "results.json"), names, repo_id)
+    count = send(outbox, repo_id)
+    if not count:
+        raise UserError(f"nothing to send in {paths.checkpoints}, {paths.models} and {paths.results}: train first")
+    print(f"on the Hub: {count} files in {repo_id}")
 
 
 def main():
-    args = parse_args()
+    parser = utils.make_parser(__doc__)
+    parser.add_argument("command", choices=["push"], help="send what the repositories lack")
+    parser.add_argument("--processed_dir", metavar="DIR", help="processed files (default: data/ in the assets)")
+    args = parser.parse_args()
     paths = utils.run_folders(args)
     if not config.HF_REPO_ID and not config.HF_MODEL_REPO_ID:
         raise UserError(
@@ -353,9 +413,7 @@ def main():
     if config.HF_REPO_ID:
         push_processed(paths.processed, config.HF_REPO_ID)
     if config.HF_MODEL_REPO_ID:
-        from services import publisher
-
-        publisher.push(paths, config.HF_MODEL_REPO_ID)
+        push_models(paths, config.HF_MODEL_REPO_ID)
 
 
 if __name__ == "__main__":
