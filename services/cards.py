@@ -30,7 +30,7 @@ among them, and no score on them says anything about it."""
 
 def data_card(folder, repo_id):
     """Return the card of a data set repository, Markdown below a YAML header, for the processed files in a folder."""
-    info = data_loader.read_info(folder)
+    info = data_loader.read_info(Path(folder))
     clips = data_loader.read_clip_table(Path(folder) / "clips.csv")
     is_synthetic = _is_miniature(clips["slice_file_name"])
     counts = clips.groupby(["class", "fold"]).size().unstack(fill_value=0)  # (classes, folds) clips
