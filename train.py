@@ -42,7 +42,7 @@ import model
 import utils
 from reports import tables
 from research import audit
-from services import events
+from services import events, hub
 from utils import UserError
 
 # --- Settings ----------------------------------------------------------------------------------------------------
@@ -105,12 +105,8 @@ def training_settings(args, data):
 
 def load_data(processed_dir):
     """Return the Processed data set, fetched from the Hub first if it is not there and HF_REPO_ID is set."""
-    if config.HF_REPO_ID:
-        from services import hub
-
-        with utils.try_lock(processed_dir / ".fetch.lock", wait=True):  # of several processes, one fetches
-            if not (processed_dir / "features.json").is_file():
-                hub.fetch_processed(processed_dir, config.HF_REPO_ID)
+    if config.HF_REPO_ID and not (processed_dir / "features.json").is_file():
+        hub.fetch_processed(processed_dir, config.HF_REPO_ID)  # of several processes, one fetches
     return data_loader.load_processed(processed_dir)
 
 

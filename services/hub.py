@@ -23,7 +23,7 @@ import config
 import data_loader
 import utils
 from data_loader import PROCESSED_FILES
-from utils import UserError, fcntl
+from utils import UserError
 
 ANSWER_SECONDS = 30  # s without an answer until a look-up or a download has failed
 UPLOAD_SECONDS = 3600  # s that preprocessing waits for its upload
@@ -92,7 +92,7 @@ def explain(error):
         if isinstance(cause, (json.JSONDecodeError, errors.FileMetadataError)):
             return "the answer is not the Hub's; check the network (a proxy or log-in page?) and HF_ENDPOINT", False
         if isinstance(cause, errors.HfHubHTTPError):
-            status, message = cause.response.status_code, one_line(cause.server_message or "")
+            status, message = cause.response.status_code, utils.one_line(cause.server_message or "")
             reason = REASONS.get(status, "the Hub is in trouble; try again later" if status >= 500 else "refused")
             if status == 401 and not get_token():
                 reason = "there is no token; run `hf auth login`, or set HF_TOKEN (and check the repository's name)"
@@ -100,26 +100,10 @@ def explain(error):
                 reason = STORAGE_FULL
             return f"{reason} [{status}{': ' if message else ''}{message}]", status in REASONS and status != 429
         if type(cause).__module__.startswith("http"):  # the client's HTTP library
-            text = one_line(f"{type(cause).__name__}: {cause}")
+            text = utils.one_line(f"{type(cause).__name__}: {cause}")
             return f"no connection ({text}); check the network, and HF_ENDPOINT if that is set", False
         cause = cause.__cause__ or cause.__context__
-    return one_line(f"{type(error).__name__}: {error}"), False
-
-
-def one_line(text):
-    """Return untrusted text as one line of at most 200 characters, all printable."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:200]
-
-
-@contextlib.contextmanager
-def in_turn(folder):
-    """Hold a folder's lock while the block runs; wait for a process that has it. The end of a process releases it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".hub.lock", "a") as file:
-        if fcntl:  # not on Windows
-            with contextlib.suppress(OSError):  # a disk without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return utils.one_line(f"{type(error).__name__}: {error}"), False
 
 
 def commit(repo_id, repo_type, files, message):
@@ -176,7 +160,7 @@ def push_processed(folder, repo_id):
         print(f"sending {total / 1e6:,.1f} MB to the data set {repo_id} on the Hub", flush=True)
         files["README.md"] = cards.data_card(folder, repo_id).encode()
         url = commit(repo_id, "dataset", files, "Processed files")
-    print(f"on the Hub: {one_line(url)}")
+    print(f"on the Hub: {utils.one_line(url)}")
 
 
 def fetch_processed(folder, repo_id):
@@ -188,7 +172,7 @@ def fetch_processed(folder, repo_id):
     folder = Path(folder)
     with failures(f"can't fetch the data set {repo_id} from the Hub", "; or run python preprocess_data.py"):
         api = connect()
-        with in_turn(folder):
+        with utils.try_lock(folder / ".hub.lock", wait=True):
             if (folder / "features.json").is_file():  # by now: another process has fetched them
                 return
             for leftover in folder.glob("fetching_*"):  # of a fetch that was killed
@@ -285,7 +269,8 @@ def waiting(outbox):
 
 def send(outbox, repo_id):
     """Send all that waits, and return how many files that were. UserError if it fails; then they wait on."""
-    with failures(f"the model repository {repo_id} on the Hub is not updated"), in_turn(outbox):
+    what = f"the model repository {repo_id} on the Hub is not updated"
+    with failures(what), utils.try_lock(outbox / ".hub.lock", wait=True):
         files = waiting(outbox)
         before = {name: os.stat(path) for name, path in files.items()}
         if files:
