@@ -5,9 +5,16 @@ a class without test clips, the spread of one fold) is None in the results and N
 """
 
 import collections
+import csv
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
+
+import data_loader
+import utils
+from utils import UserError
 
 CONFUSIONS_LISTED = 10
 EXAMPLES_LISTED = 5  # clips named for each confusion
@@ -15,6 +22,12 @@ RECORDINGS_LISTED = 10  # of those with most errors
 CONFIDENCE_BINS = 15  # of equal width, as in Guo et al. 2017
 SHARES_ANSWERED = [share / 100 for share in range(100, 0, -5)]
 OPTIMISTIC = "optimistic: epoch chosen on the test fold"
+PREDICTIONS = re.compile(r"predictions_fold_(0|[1-9]\d*)\.csv")
+SUM_TOLERANCE = 1e-3  # the probabilities of a clip must sum to 1 within this
+# What run.json must be, where it has them.
+RUN_KINDS = {"validation": str, "best_epochs": dict, "n_folds": int, "temperatures": dict}
+KEYS_OF_FOLDS = ("best_epochs", "temperatures")  # of run.json: {fold: value}
+HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
 
 
 @dataclasses.dataclass
@@ -32,6 +45,140 @@ class Predictions:
     def predicted(self):
         """The likeliest class of each clip, (clips,); the first of equals."""
         return self.probabilities.argmax(axis=1)
+
+
+# --- Reading -----------------------------------------------------------------------------------------------------
+
+
+def read_predictions(results_dir, processed_dir=None):
+    """Return the Predictions of every fold in a results folder, checked.
+
+    processed_dir: the folder of clips.csv, which tells salience, and how many clips and folds there are in all.
+    UserError names the file and line of what can't be right: probabilities that are none, a clip tested twice or in
+    another fold than its own, classes that differ between the folds.
+    """
+    found = {path: PREDICTIONS.fullmatch(path.name) for path in Path(results_dir).glob("predictions_fold_*.csv")}
+    paths = {int(match[1]): path for path, match in found.items() if match}
+    if not paths:
+        raise UserError(f"no predictions in {results_dir}: run python train.py first")
+    files = {fold: read_prediction_file(path) for fold, path in sorted(paths.items())}
+    first = min(files)
+    class_names = files[first][0]
+    tested = {}
+    for fold, (classes, names, _, _) in files.items():
+        if classes != class_names:
+            raise UserError(
+                f"{paths[fold]}, line 1: its classes {classes} are not those of {paths[first].name}, {class_names}: "
+                "keep the folds of one run in a folder"
+            )
+        for line, name in enumerate(names, start=2):
+            here = f"{paths[fold].name}, line {line}"
+            if tested.setdefault(name, here) != here:
+                raise UserError(
+                    f"{paths[fold]}, line {line}: {name} is tested already in {tested[name]}; a clip counts once"
+                )
+    table = Path(processed_dir) / "clips.csv" if processed_dir else None
+    clips = {}
+    if table and table.is_file():
+        clips = {clip["slice_file_name"]: clip for clip in data_loader.read_clip_table(table)}
+        clips = clips if all(name in clips for name in tested) else {}
+    columns = class_columns(class_names, clips)
+    for fold, (_, names, class_ids, _) in files.items():
+        for line, (name, class_id) in enumerate(zip(names, class_ids, strict=True), start=2):
+            where = f"{paths[fold]}, line {line}"
+            if class_id not in columns:
+                raise UserError(f"{where}: {name} has classID {class_id}, which has no column: {sorted(columns)} have")
+            clip = clips.get(name, {"classID": class_id, "fold": fold + 1})
+            if (clip["classID"], clip["fold"]) != (class_id, fold + 1):
+                raise UserError(
+                    f"{where}: {name} has classID {class_id} and is tested in the data set's fold {fold + 1}, but "
+                    f"{table} says classID {clip['classID']} and fold {clip['fold']}: these files don't belong together"
+                )
+    return Predictions(
+        class_names=class_names,
+        names=list(tested),
+        folds=np.repeat(list(files), [len(file[1]) for file in files.values()]),
+        true=np.array([columns[class_id] for file in files.values() for class_id in file[2]]),
+        probabilities=np.concatenate([file[3] for file in files.values()]),
+        clips=clips,
+    )
+
+
+def read_prediction_file(path):
+    """Return (class names, file names, classIDs, probabilities (clips, classes)) of one fold's file."""
+    header, *rows = read_csv(path)
+    if header[:2] != ["slice_file_name", "classID"] or len(header) < 3 or len(set(header)) < len(header):
+        raise UserError(
+            f"{path}, line 1: the columns are {', '.join(header) or 'none'}; they must be slice_file_name, classID and "
+            "one a class, each once"
+        )
+    if not rows:
+        raise UserError(f"{path} has no clips: remove it, or test the fold again")
+    class_ids, probabilities = [], np.empty((len(rows), len(header) - 2))
+    for index, row in enumerate(rows):
+        where = f"{path}, line {index + 2}"
+        if len(row) != len(header):
+            raise UserError(f"{where}: {len(row)} values under {len(header)} columns: the file is cut off or damaged")
+        try:
+            class_ids.append(int(row[1]))
+            probabilities[index] = [float(value) for value in row[2:]]
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+        if not (probabilities[index] >= 0).all() or not abs(probabilities[index].sum() - 1) <= SUM_TOLERANCE:
+            raise UserError(
+                f"{where}: the probabilities {', '.join(row[2:])} must be numbers of at least 0 with the sum 1"
+            )
+    return header[2:], [row[0] for row in rows], class_ids, probabilities
+
+
+def read_csv(path):
+    """Return the rows of a CSV file as lists of strings, without empty lines at its end; at least one row."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.reader(file))
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a CSV file ({error}): make it again") from error
+    while rows and not rows[-1]:
+        rows.pop()
+    return rows or [[]]
+
+
+def class_columns(class_names, clips):
+    """Return {classID: column} of the probabilities: as clips.csv numbers the classes, else in order from 0."""
+    ids = {clip["class"]: clip["classID"] for clip in clips.values()}
+    in_table = all(name in ids for name in class_names)
+    return {ids[name] if in_table else column: column for column, name in enumerate(class_names)}
+
+
+def read_history(results_dir, fold):
+    """Return {column: (epochs,) floats} of a fold's history; NaN where a value is empty. None if there is no file."""
+    path = Path(results_dir) / f"history_fold_{fold}.csv"
+    if not path.is_file():
+        return None
+    header, *rows = read_csv(path)
+    if missing := [column for column in HISTORY_COLUMNS if column not in header]:
+        raise UserError(f"{path}, line 1: lacks the column {', '.join(missing)}")
+    values = np.empty((len(rows), len(header)))
+    for index, row in enumerate(rows):
+        try:
+            values[index] = [float(value or "nan") for value in row]
+        except ValueError as error:
+            raise UserError(f"{path}, line {index + 2}: {error}") from error
+    return {column: values[:, header.index(column)] for column in HISTORY_COLUMNS}
+
+
+def read_run(results_dir):
+    """Return what run.json says of the run, {} if it is not there."""
+    path = Path(results_dir) / "run.json"
+    run = utils.load_json(path) if path.is_file() else {}
+    if not isinstance(run, dict) or any(not isinstance(run.get(key, kind()), kind) for key, kind in RUN_KINDS.items()):
+        raise UserError(f"{path} does not describe a run: run python train.py again, or remove it")
+    for fold, value in run.get("temperatures", {}).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e3:
+            raise UserError(f"{path}: the temperature of fold {fold} is {str(value)[:80]!r}: run python train.py again")
+    return run
 
 
 # --- Metrics -----------------------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import config
-import evaluate
 import utils
-from reports import report
+from reports import metrics, tables
 from utils import UserError
 
 
@@ -104,16 +103,16 @@ def accuracy_together(runs):
 
 def more_of(folders):
     """Return the cells of --more of a recipe's runs. UserError if they test different clips."""
-    runs = [evaluate.read_predictions(results_folder(folder)) for folder in folders]
+    runs = [metrics.read_predictions(results_folder(folder)) for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
         if (run.class_names, run.names) != (runs[0].class_names, runs[0].names):
             raise UserError(f"{folder} tests other clips or classes than {folders[0]}")
     results = [utils.load_json(results_folder(folder) / "results.json") for folder in folders]
     recordings = [result["recordings"]["accuracy"] for result in results if result.get("recordings")]
     return [
-        report.percent(statistics.mean(recordings) if recordings else None),
+        tables.percent(statistics.mean(recordings) if recordings else None),
         f"{statistics.mean(map(likelihood, runs)):.2f}",
-        report.percent(accuracy_together(runs)),
+        tables.percent(accuracy_together(runs)),
     ]
 
 
@@ -136,14 +135,14 @@ def make_table(groups, reference=None, more=False):
     header += [*(["recordings", "likelihood", "together"] if more else []), "errors", "other than config.py"]
     cells = []
     for mean, settings, folders, seeds, means in sorted(rows, key=lambda row: -row[0]):
-        by_fold = [report.percent(statistics.mean(run[fold] for run in seeds.values())) for fold in folds]
+        by_fold = [tables.percent(statistics.mean(run[fold] for run in seeds.values())) for fold in folds]
         spread = f"{100 * statistics.stdev(means):.1f}" if len(means) > 1 else None
         fewer = f"{(1 - mean) / errors - 1:+.0%}" if errors else None
         name = (folders[0].parent if folders[0].name == config.RESULTS_DIR else folders[0]).name
         name = re.sub(r"_?s\d+$", "", name)
         added = more_of(folders) if more else []
-        cells.append([name, len(seeds), *by_fold, report.percent(mean), spread, *added, fewer, differences(settings)])
-    return report.table(header, cells, left=(0, len(header) - 1))
+        cells.append([name, len(seeds), *by_fold, tables.percent(mean), spread, *added, fewer, differences(settings)])
+    return tables.table(header, cells, left=(0, len(header) - 1))
 
 
 def main():

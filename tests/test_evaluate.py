@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn import metrics as reference
 
 import evaluate
-from reports import report
+from reports import metrics, tables
 from utils import UserError
 
 SCRIPT = Path(__file__).resolve().parent.parent / "evaluate.py"
@@ -95,7 +95,7 @@ def run_script(*args):
 
 def test_results_equal_scikit_learns(tmp_path):
     folder = write_run(tmp_path / "results")
-    results = evaluate.read_results(folder, write_clips(tmp_path / "data"))
+    results = tables.read_results(folder, write_clips(tmp_path / "data"))
     folds = [raw_predictions(folder, fold) for fold in range(3)]
     true, predicted = (np.concatenate([fold[part] for fold in folds]) for part in (0, 1))
     accuracies = [reference.accuracy_score(*fold) for fold in folds]
@@ -121,7 +121,7 @@ def test_results_equal_scikit_learns(tmp_path):
 
 def test_agreement_of_folds(tmp_path):
     folder = write_run(tmp_path)
-    agreement = evaluate.write_report(folder)["agreement"]
+    agreement = tables.write_report(folder)["agreement"]
     recalls = np.array([reference.recall_score(*raw_predictions(folder, fold), average=None) for fold in range(3)])
     spreads = recalls.std(axis=0, ddof=1)
     for column, name in enumerate(CLASSES):
@@ -136,7 +136,7 @@ def test_folds_that_are_all_right_show_no_spread(tmp_path):
     for path in folder.glob("predictions_fold_*.csv"):
         header, *rows = read_rows(path)
         write_rows(path, [header, *([row[0], row[1], *np.eye(3)[int(row[1])]] for row in rows)])
-    results = evaluate.write_report(folder)
+    results = tables.write_report(folder)
     assert results["accuracy_interval_95"] == [1, 1] and results["worst_confusions"] == []
     assert results["agreement"]["most_varied_class"] is None
     text = (folder / "report.md").read_text()
@@ -145,14 +145,14 @@ def test_folds_that_are_all_right_show_no_spread(tmp_path):
 
 def test_class_ids_come_from_the_table_not_from_the_columns(tmp_path):
     folder, data = write_run(tmp_path / "results", folds=[0]), write_clips(tmp_path / "data")
-    before = evaluate.read_results(folder, data)
+    before = tables.read_results(folder, data)
     for path in (folder / "predictions_fold_0.csv", data / "clips.csv"):
         rows = read_rows(path)
         column = rows[0].index("classID")
         for row in rows[1:]:
             row[column] = str({0: 2, 1: 5, 2: 9}[int(row[column])])
         write_rows(path, rows)
-    assert evaluate.read_results(folder, data) == before
+    assert tables.read_results(folder, data) == before
 
 
 # --- Confidence --------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def set_temperatures(folder, temperatures):
 def test_confidence_before_and_after_the_temperatures(tmp_path):
     folder, temperatures = write_run(tmp_path), {"0": 2.0, "1": 0.5, "2": 1.0}
     set_temperatures(folder, temperatures)
-    values = evaluate.write_report(folder)["confidence"]
+    values = tables.write_report(folder)["confidence"]
     confidence, right = {"before": [], "after": []}, []
     for fold in range(3):
         shares = np.array([row[2:] for row in read_rows(folder / f"predictions_fold_{fold}.csv")[1:]], float)
@@ -193,7 +193,7 @@ def test_confidence_before_and_after_the_temperatures(tmp_path):
 def test_without_every_folds_temperature_there_is_only_before(tmp_path, temperatures):
     folder = write_run(tmp_path, validation="next_fold" if temperatures else "none")
     set_temperatures(folder, temperatures)
-    values = evaluate.write_report(folder)["confidence"]
+    values = tables.write_report(folder)["confidence"]
     assert values["after"] is None and values["before"]["ece"] > 0
     assert values["per_fold"][2]["ece_after"] is None
     assert (values["per_fold"][0]["ece_after"] is None) == (not temperatures)
@@ -205,7 +205,7 @@ def test_confident_and_wrong_shows_in_the_calibration_error(tmp_path):
     path = folder / "predictions_fold_0.csv"
     header, *rows = read_rows(path)
     write_rows(path, [header, *([row[0], row[1], "1", "0", "0"] for row in rows)])  # a third of the clips is a siren
-    values = evaluate.read_results(folder)["confidence"]["before"]
+    values = tables.read_results(folder)["confidence"]["before"]
     assert values["ece"] == pytest.approx(2 / 3)
     assert {row["least_confidence"] for row in values["answered"]} == {1.0}
 
@@ -215,7 +215,7 @@ def test_confident_and_wrong_shows_in_the_calibration_error(tmp_path):
 
 def test_part_of_the_folds(tmp_path, capsys):
     folder = write_run(tmp_path / "results", folds=[0, 4])
-    results = evaluate.write_report(folder, write_clips(tmp_path / "data"))
+    results = tables.write_report(folder, write_clips(tmp_path / "data"))
     assert [(row["fold"], row["dataset_fold"]) for row in results["per_fold"]] == [(0, 1), (4, 5)]
     assert (results["folds_present"], results["folds_total"], results["clips"], results["clips_total"]) == (
         2,
@@ -229,7 +229,7 @@ def test_part_of_the_folds(tmp_path, capsys):
 
 def test_one_fold_has_no_spread(tmp_path, capsys):
     folder = write_run(tmp_path, folds=[7])
-    results = evaluate.write_report(folder)
+    results = tables.write_report(folder)
     assert results["accuracy_std"] is None and results["accuracy_interval_95"] is None
     assert results["agreement"]["most_varied_class"] is None
     assert "one fold, so no spread" in capsys.readouterr().out
@@ -237,14 +237,14 @@ def test_one_fold_has_no_spread(tmp_path, capsys):
 
 def test_report_has_the_recordings_where_the_table_tells_them(tmp_path):
     folder, clips = write_run(tmp_path / "results"), write_clips(tmp_path / "data")
-    results = evaluate.write_report(folder, clips)
+    results = tables.write_report(folder, clips)
     text = (folder / "report.md").read_text()
     assert f"cut from {results['recordings']['count']:,} recordings" in text
     wrong = sum(true != guess for fold in range(3) for true, guess in zip(*raw_predictions(folder, fold), strict=True))
     assert f"of the {wrong} errors" in text
     worst = results["recordings"]["most_errors"][0]
     assert f"| {worst['recording']} " in text
-    evaluate.write_report(folder)
+    tables.write_report(folder)
     assert "## Recordings" not in (folder / "report.md").read_text()
 
 
@@ -252,7 +252,7 @@ def test_report_has_the_recordings_where_the_table_tells_them(tmp_path):
 def test_without_a_fitting_table_no_salience_is_claimed(tmp_path, clips_of_another_set):
     folder = write_run(tmp_path / "results")
     data = write_clips(tmp_path / "data", folds=[0, 1])  # lacks the clips of fold 2
-    results = evaluate.read_results(folder, data if clips_of_another_set else tmp_path)
+    results = tables.read_results(folder, data if clips_of_another_set else tmp_path)
     assert results["clips_total"] is None and results["folds_total"] is None
     assert results["foreground_accuracy"] is None and results["background_accuracy"] is None
 
@@ -262,7 +262,7 @@ def test_class_without_clips(tmp_path, missing):
     folder = write_run(tmp_path / "results", missing=missing)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        results = evaluate.write_report(folder)
+        results = tables.write_report(folder)
     scores = results["per_class"][CLASSES[missing]]
     assert scores["recall"] is None and scores["f1"] is None and scores["clips"] == 0
     folds = [raw_predictions(folder, fold) for fold in range(3)]
@@ -278,7 +278,7 @@ def test_class_missing_from_one_fold_only(tmp_path):
     folder = write_run(tmp_path)
     path = folder / "predictions_fold_1.csv"
     write_rows(path, [row for row in read_rows(path) if row[1] != "2"])
-    results = evaluate.read_results(folder)
+    results = tables.read_results(folder)
     recalls = results["agreement"]["per_class"]["drilling"]["recall"]
     assert recalls[1] is None and None not in (recalls[0], recalls[2])
     assert results["agreement"]["per_class"]["drilling"]["recall_std"] == pytest.approx(
@@ -291,7 +291,7 @@ def test_class_missing_from_one_fold_only(tmp_path):
 
 def test_optimistic_protocol_is_said_everywhere(tmp_path, capsys):
     folder = write_run(tmp_path, validation="test_fold")
-    results = evaluate.write_report(folder)
+    results = tables.write_report(folder)
     assert results["optimistic"] is True and results["note"] == LABEL
     assert LABEL in (folder / "results.json").read_text()
     headings = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("#")]
@@ -307,7 +307,7 @@ def test_optimistic_protocol_is_said_everywhere(tmp_path, capsys):
 @pytest.mark.parametrize("validation", ["next_fold", "none"])
 def test_honest_protocol_is_not_called_optimistic(tmp_path, capsys, validation):
     folder = write_run(tmp_path, folds=[0, 1], validation=validation)
-    assert evaluate.write_report(folder)["optimistic"] is False
+    assert tables.write_report(folder)["optimistic"] is False
     written = "".join((folder / name).read_text() for name in ("report.md", "results.json")) + capsys.readouterr().out
     assert LABEL not in written and f"protocol {validation}" in written
     assert not any(LABEL in title_of(folder / name) for name in PICTURES)
@@ -316,7 +316,7 @@ def test_honest_protocol_is_not_called_optimistic(tmp_path, capsys, validation):
 def test_unknown_protocol_is_not_called_honest(tmp_path):
     folder = write_run(tmp_path)
     (folder / "run.json").unlink()
-    results = evaluate.write_report(folder)
+    results = tables.write_report(folder)
     assert results["protocol"] is None and results["optimistic"] is None
     assert [row["best_epoch"] for row in results["per_fold"]] == [None] * 3
     assert "nobody can tell" in (folder / "report.md").read_text()
@@ -324,28 +324,28 @@ def test_unknown_protocol_is_not_called_honest(tmp_path):
 
 def test_rerun_writes_the_same_bytes(tmp_path):
     folder = write_run(tmp_path, folds=[0, 1])
-    evaluate.write_report(folder)
+    tables.write_report(folder)
     names = ["results.json", "report.md", *PICTURES]
     before = {name: (folder / name).read_bytes() for name in names}
-    evaluate.write_report(folder)
+    tables.write_report(folder)
     assert {name: (folder / name).read_bytes() for name in names} == before
     assert not list(folder.glob("*.tmp"))
 
 
 def test_without_history_there_are_no_curves(tmp_path):
     folder = write_run(tmp_path, folds=[3])
-    evaluate.write_report(folder)
+    tables.write_report(folder)
     text = (folder / "report.md").read_text()
     assert all(f"({name})" in text for name in PICTURES)
     for path in folder.glob("history_fold_*.csv"):
         path.unlink()
-    assert "curves.png" not in evaluate.write_report(folder)["files"]
+    assert "curves.png" not in tables.write_report(folder)["files"]
     assert not (folder / "curves.png").exists()
     assert "curves.png" not in (folder / "report.md").read_text()
 
 
 def test_table_aligns_and_escapes():
-    assert report.table(["a|b", "n"], [["x", None], ["long name", 7]]).splitlines() == [
+    assert tables.table(["a|b", "n"], [["x", None], ["long name", 7]]).splitlines() == [
         "| a\\|b      |   n |",
         "| --------- | --: |",
         "| x         |   – |",
@@ -390,7 +390,7 @@ def test_bad_predictions_are_refused_by_file_and_line(tmp_path, change, said):
     change(rows)
     write_rows(path, rows)
     with pytest.raises(UserError) as caught:
-        evaluate.write_report(folder)
+        tables.write_report(folder)
     assert all(part in str(caught.value) for part in [str(path), *said])
     assert not (folder / "results.json").exists()
 
@@ -402,7 +402,7 @@ def test_small_rounding_and_empty_last_lines_are_accepted(tmp_path):
     rows[1][2:] = ["0.3335", "0.3335", "0.3335"]
     write_rows(path, rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\r\n")
-    assert evaluate.read_results(folder)["clips"] == CLIPS_A_FOLD
+    assert tables.read_results(folder)["clips"] == CLIPS_A_FOLD
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_table_at_odds_with_the_predictions_is_refused(tmp_path, column, value, 
             row[-1] = CLASSES[int(row[-2])]
     write_rows(data / "clips.csv", rows)
     with pytest.raises(UserError, match=said):
-        evaluate.write_report(folder, data)
+        tables.write_report(folder, data)
 
 
 @pytest.mark.parametrize(
@@ -443,14 +443,14 @@ def test_damaged_companions_are_named(tmp_path, name, content, said):
     folder = write_run(tmp_path)
     (folder / name).write_text(content)
     with pytest.raises(UserError, match=said) as caught:
-        evaluate.write_report(folder)
+        tables.write_report(folder)
     assert str(folder / name) in str(caught.value)
 
 
 def test_binary_predictions_are_refused(tmp_path):
     (tmp_path / "predictions_fold_0.csv").write_bytes(b"\x89PNG\r\n\xff\x00")
     with pytest.raises(UserError, match="not a CSV file"):
-        evaluate.read_predictions(tmp_path)
+        metrics.read_predictions(tmp_path)
 
 
 # --- Comparison --------------------------------------------------------------------------------------------------
@@ -542,7 +542,7 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path):
     folder = write_run(tmp_path, folds=[0])
     shutil.copy(folder / "predictions_fold_0.csv", folder / "predictions_fold_0 (copy).csv")
     (folder / "predictions_fold_1.csv.tmp").write_text("half a fi")
-    assert evaluate.read_results(folder)["folds_present"] == 1
+    assert tables.read_results(folder)["folds_present"] == 1
 
 
 # --- Folds that were trained apart -----------------------------------------------------------------------------------

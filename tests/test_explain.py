@@ -1,4 +1,4 @@
-"""explain.py: Grad-CAM by its formula and on a network that is known to look at one place; the check by masking."""
+"""pictures.py: Grad-CAM by its formula and on a network that is known to look at one place; the check by masking."""
 
 import re
 
@@ -12,7 +12,7 @@ import model
 from audio_settings import AudioSettings
 from batches import rows_of
 from model import AudioCNN, SharedAudioCNN, without_mean
-from reports import explain
+from reports import pictures
 
 SMALL = AudioSettings(n_mels=16, fine_n_mels=4)
 
@@ -38,7 +38,7 @@ def test_map_is_the_formula_of_the_papers():
     network = AudioCNN(3, SMALL).eval()
     inputs = torch.randn(2, 1, 16, 40)
     targets = torch.tensor([2, 0])
-    heat = explain.grad_cam(network, inputs.clone(), targets)
+    heat = pictures.grad_cam(network, inputs.clone(), targets)
     assert heat.shape == (2, 16, 40)
     for clip, target, found in zip(inputs, targets, heat, strict=True):
         maps = network.block3(network.block2(network.block1(clip[None]))).detach().requires_grad_()
@@ -53,7 +53,7 @@ def test_map_of_a_network_with_views_is_the_sum_of_its_views():
     torch.manual_seed(0)
     network = SharedAudioCNN(3, SMALL).eval()
     inputs, targets = torch.randn(2, 1, 16, 64), torch.tensor([2, 0])
-    heat = explain.grad_cam(network, inputs.clone(), targets)
+    heat = pictures.grad_cam(network, inputs.clone(), targets)
     level = inputs.unflatten(3, (16, 4)).mean(dim=4)
     change, shape = without_mean(level, 3), without_mean(level, 2)
     cnn, sums = network.cnn, 0
@@ -71,7 +71,7 @@ def test_map_leaves_the_network_as_it_was():
     network = AudioCNN(3, SMALL).eval()
     with torch.inference_mode():
         before = network(torch.ones(1, 1, 16, 40))
-    explain.grad_cam(network, torch.ones(1, 1, 16, 40), torch.tensor([1]))
+    pictures.grad_cam(network, torch.ones(1, 1, 16, 40), torch.tensor([1]))
     assert all(parameter.grad is None for parameter in network.parameters())
     assert not network.block3._forward_hooks
     with torch.inference_mode():
@@ -80,17 +80,17 @@ def test_map_leaves_the_network_as_it_was():
 
 def test_masks_have_the_share_they_should():
     values = torch.rand(5, 20, 30)
-    top = explain.highest(values)
+    top = pictures.highest(values)
     assert top.flatten(1).sum(dim=1).tolist() == [60] * 5
     assert values[top].min() > 0.8
-    moved = explain.moved(top, torch.Generator().manual_seed(0))
+    moved = pictures.moved(top, torch.Generator().manual_seed(0))
     assert moved.flatten(1).sum(dim=1).tolist() == [60] * 5 and not torch.equal(moved, top)
 
 
 def test_masking_what_counts_lowers_the_confidence_more():
     inputs = torch.zeros(20, 1, 24, 24)
     inputs[:, :, :8, :8] = 3 + torch.rand(20, 1, 8, 8)
-    falls = explain.deletion_falls(Corner().eval(), rows_of([24], "cpu"), inputs)
+    falls = pictures.deletion_falls(Corner().eval(), rows_of([24], "cpu"), inputs)
     top, others = falls["the highest tenth"], [fall for what, fall in falls.items() if what != "the highest tenth"]
     assert len(others) == 2
     for fall in others:
@@ -134,5 +134,5 @@ def test_result_does_not_depend_on_anything_but_the_seed(seed):
     inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 1, 16, 40)).astype(np.float32))
     torch.manual_seed(seed)
     network = AudioCNN(3, SMALL).eval()
-    first, second = (explain.deletion_falls(network, rows_of([16], "cpu"), inputs.clone(), seed) for _ in range(2))
+    first, second = (pictures.deletion_falls(network, rows_of([16], "cpu"), inputs.clone(), seed) for _ in range(2))
     assert all(torch.equal(first[what], second[what]) for what in first)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import config
-import evaluate
 from reports import metrics
 from research import table_of_runs
 from utils import UserError
@@ -114,7 +113,7 @@ def test_command_line_on_trainings(data, scripts, run_script, tmp_path):
     (row,) = rows_of(done.stdout)
     assert row["seeds"] == "2" and row["errors"] == "+0%"
     assert "likelihood" not in row
-    predictions = [evaluate.read_predictions(tmp_path / f"short_s{seed}" / "results") for seed in (0, 1)]
+    predictions = [metrics.read_predictions(tmp_path / f"short_s{seed}" / "results") for seed in (0, 1)]
     product = predictions[0].probabilities * predictions[1].probabilities
     right = (product.argmax(axis=1) == predictions[0].true).mean()
     (row,) = rows_of(run_script("research/table_of_runs.py", *folders, "--more").stdout)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reports import metrics, plots
+from reports import metrics, pictures
 
 
 def results(class_names, folds=2, clips=40, seed=0, temperatures=None):
@@ -46,8 +46,8 @@ def colours(path):
 @pytest.mark.parametrize("class_names", [["one"], ["a_b", "$x$", "50 %"], [f"class {k}" for k in range(25)]])
 def test_any_classes_can_be_drawn(tmp_path, class_names):
     values = results(class_names)
-    plots.draw_confusion_matrix(tmp_path / "matrix.png", values, "Matrix")
-    plots.draw_classes(tmp_path / "classes.png", values, "Classes")
+    pictures.draw_confusion_matrix(tmp_path / "matrix.png", values, "Matrix")
+    pictures.draw_classes(tmp_path / "classes.png", values, "Classes")
     for name in ("matrix.png", "classes.png"):
         with Image.open(tmp_path / name) as image:
             assert image.width >= 1500 and image.height >= 500
@@ -56,41 +56,41 @@ def test_any_classes_can_be_drawn(tmp_path, class_names):
 @pytest.mark.parametrize("folds", [1, 7])
 def test_curves_of_any_number_of_folds(tmp_path, folds):
     histories = {fold: history(epochs=3) for fold in range(folds)}
-    plots.draw_curves(tmp_path / "curves.png", histories, results(["a", "b"], folds), "Training")
+    pictures.draw_curves(tmp_path / "curves.png", histories, results(["a", "b"], folds), "Training")
     found = colours(tmp_path / "curves.png")
-    assert found[plots.BLUE] > 500 * folds and found[plots.ORANGE] > 200 * folds
+    assert found[pictures.BLUE] > 500 * folds and found[pictures.ORANGE] > 200 * folds
 
 
 def test_curves_without_validation_show_no_validation(tmp_path):
-    plots.draw_curves(tmp_path / "curves.png", {0: history(3, validation=False)}, results(["a", "b"]), "Training")
+    pictures.draw_curves(tmp_path / "curves.png", {0: history(3, validation=False)}, results(["a", "b"]), "Training")
     found = colours(tmp_path / "curves.png")
-    assert plots.BLUE in found and plots.ORANGE not in found
+    assert pictures.BLUE in found and pictures.ORANGE not in found
 
 
 @pytest.mark.parametrize("loss", [np.inf, np.nan])
 def test_curves_of_one_epoch_and_of_a_loss_that_left_all_bounds(tmp_path, loss):
     histories = {0: history(1), 1: {**history(3), "train_loss": np.array([2, loss, loss])}}
-    plots.draw_curves(tmp_path / "curves.png", histories, results(["a", "b"]), "Training")
-    assert plots.BLUE in colours(tmp_path / "curves.png")
+    pictures.draw_curves(tmp_path / "curves.png", histories, results(["a", "b"]), "Training")
+    assert pictures.BLUE in colours(tmp_path / "curves.png")
 
 
 def test_reliability_before_and_after(tmp_path):
-    plots.draw_reliability(tmp_path / "before.png", results(["a", "b", "c"]), "Confidence")
+    pictures.draw_reliability(tmp_path / "before.png", results(["a", "b", "c"]), "Confidence")
     both = results(["a", "b", "c"], temperatures={"0": 2.0, "1": 3.0})
-    plots.draw_reliability(tmp_path / "both.png", both, "Confidence")
+    pictures.draw_reliability(tmp_path / "both.png", both, "Confidence")
     before, after = colours(tmp_path / "before.png"), colours(tmp_path / "both.png")
-    assert before[plots.BLUE] > 5000 and before[plots.ORANGE] > 500 and after[plots.ORANGE] > 500
-    assert after[plots.BLUE] > 1.3 * before[plots.BLUE]  # bars of a second diagram, and a second line
+    assert before[pictures.BLUE] > 5000 and before[pictures.ORANGE] > 500 and after[pictures.ORANGE] > 500
+    assert after[pictures.BLUE] > 1.3 * before[pictures.BLUE]  # bars of a second diagram, and a second line
     with Image.open(tmp_path / "before.png") as narrow, Image.open(tmp_path / "both.png") as wide:
         assert wide.width > 1.3 * narrow.width
 
 
 def test_reliability_of_one_clip(tmp_path):
-    plots.draw_reliability(tmp_path / "one.png", results(["a", "b"], folds=1, clips=1), "Confidence")
-    assert plots.ORANGE in colours(tmp_path / "one.png")
+    pictures.draw_reliability(tmp_path / "one.png", results(["a", "b"], folds=1, clips=1), "Confidence")
+    assert pictures.ORANGE in colours(tmp_path / "one.png")
 
 
 def test_title_is_in_the_file(tmp_path):
-    plots.draw_classes(tmp_path / "classes.png", results(["a", "b"]), "Classes (a remark)")
+    pictures.draw_classes(tmp_path / "classes.png", results(["a", "b"]), "Classes (a remark)")
     with Image.open(tmp_path / "classes.png") as image:
         assert image.text["Title"] == "Classes (a remark)"

@@ -3,6 +3,11 @@
 evaluate.py writes and prints them. They take the results as results.json has them, and compute nothing new.
 """
 
+from pathlib import Path
+
+import utils
+from reports import metrics, pictures
+
 FOLD_COLUMNS = ("fold", "dataset_fold", "clips", "best_epoch")
 ALL_FOLDS = 10  # of UrbanSound8K
 PROTOCOLS = {
@@ -264,3 +269,42 @@ def compare_text(folders, results, values):
         table(["class", "clips", "A", "B", "B - A, points"], [row(*moved.values()) for moved in values["classes"]]),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+# --- The report --------------------------------------------------------------------------------------------------
+
+
+def read_results(results_dir, processed_dir=None):
+    """Return the results of a folder of predictions, as results.json has them, and write nothing."""
+    return metrics.summarise(metrics.read_predictions(results_dir, processed_dir), metrics.read_run(results_dir))
+
+
+def write_report(results_dir, processed_dir=None):
+    """Write results.json, report.md and the pictures into a results folder, print the folds, and return the results.
+
+    results_dir, processed_dir: see `read_predictions`. UserError if the folder's files can't be right.
+    """
+    results_dir = Path(results_dir)
+    results = read_results(results_dir, processed_dir)
+    histories = {row["fold"]: metrics.read_history(results_dir, row["fold"]) for row in results["per_fold"]}
+    histories = {fold: history for fold, history in histories.items() if history}
+    results["files"] = ["results.json", "report.md", *draw_pictures(results_dir, results, histories)]
+    with utils.atomic_write(results_dir / "report.md", "w") as file:
+        file.write(report_text(results))
+    utils.save_json(results_dir / "results.json", results)
+    print(f"{folds_table(results)}\n\n{coverage(results)}: {summary_line(results)}")
+    print("wrote " + " ".join(str(results_dir / name) for name in results["files"]))
+    return results
+
+
+def draw_pictures(folder, results, histories):
+    """Draw the pictures into a folder and return their names; the curves only if there are histories."""
+    pictures.draw_confusion_matrix(folder / "confusion_matrix.png", results, titled("Confusion matrix", results))
+    pictures.draw_classes(folder / "per_class.png", results, titled("F1 and recall of each class", results))
+    pictures.draw_reliability(folder / "reliability.png", results, titled("Confidence", results))
+    names = ["confusion_matrix.png", "per_class.png", "reliability.png"]
+    if not histories:
+        (folder / "curves.png").unlink(missing_ok=True)  # of an earlier run
+        return names
+    pictures.draw_curves(folder / "curves.png", histories, results, titled("Training", results))
+    return [*names, "curves.png"]
