@@ -1,4 +1,7 @@
-"""What models say of one recording: the distribution, the timeline, and both as text, JSON, CSV and Audacity labels."""
+"""What models say of one recording: the distribution, the timeline, and both as text, JSON, CSV and Audacity labels.
+
+And whether the recording is a clip of the data set: an answer to a clip that the model has trained on is no test.
+"""
 
 import contextlib
 import csv
@@ -14,7 +17,6 @@ import sys
 import numpy as np
 
 import config
-import data_loader
 import utils
 from utils import UserError
 
@@ -22,6 +24,7 @@ BAR_WIDTH = 40  # characters of a probability of 1
 BOLD, BLUE, YELLOW = "1", "34", "33"  # of a terminal
 COLUMNS = ["start", "end", "class", "confidence"]  # of a timeline; times in s
 SILENCE = "silence"  # in a timeline, where every sample is zero
+CLIP_NAME = re.compile(r"\d+-\d+-\d+-\d+\.wav")  # of the data set: recording, classID, occurrence, slice
 
 
 @dataclasses.dataclass
@@ -42,7 +45,7 @@ class Answer:
 
     @functools.cached_property
     def best(self):
-        """The place of the likeliest class."""
+        """The index of the likeliest class."""
         return int(self.mean.argmax())
 
     @functools.cached_property
@@ -107,7 +110,7 @@ def print_answer(name, answer, model_names, top_k=None):
     """Print an answer: class, confidence, notes, bars, and of several windows the timeline."""
     model = model_names[0] if len(model_names) == 1 else f"mean of {len(model_names)} models"
     many = len(answer.starts) > 1
-    print(f"{name} ({answer.seconds:.2f} s), {model}")
+    print(f"{utils.one_line(name)} ({answer.seconds:.2f} s), {model}")
     of_windows = f" (mean of {len(answer.starts)} windows)" if many else ""
     print(f"{paint(answer.class_names[answer.best], BOLD)}, confidence {answer.mean[answer.best]:.1%}{of_windows}")
     for note in answer.notes:
@@ -130,7 +133,10 @@ def clock(seconds):
 
 
 def as_json(name, answer, model_names, top_k=None):
-    """Return an answer as one line of JSON. Times in s; probabilities of the top_k classes, the likeliest first."""
+    """Return an answer as one line of JSON. Times in s; probabilities of the top_k classes, the likeliest first.
+
+    In ASCII, with other characters escaped, so that it is valid UTF-8 whatever the terminal's code page.
+    """
     order = np.argsort(-answer.mean, kind="stable")
     value = {
         "file": name,
@@ -143,7 +149,7 @@ def as_json(name, answer, model_names, top_k=None):
         "timeline": [dict(zip(COLUMNS, rounded(part), strict=True)) for part in answer.timeline],
         "notes": answer.notes,
     }
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value)
 
 
 def rounded(part):
@@ -158,6 +164,7 @@ def save_csv(path, timelines):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", *COLUMNS])
         for name, parts in timelines.items():
+            name = name.encode("utf-8", "backslashreplace").decode()  # a file's name may be no text
             writer.writerows([name, *rounded(part)] for part in parts)
 
 
@@ -168,18 +175,41 @@ def save_labels(path, parts):
             print(f"{start:.6f}\t{end:.6f}\t{class_name} {confidence:.0%}", file=file)
 
 
-# --- Known clips
-
-CLIP_NAME = re.compile(r"\d+-\d+-\d+-\d+\.wav")  # recording, classID, occurrence, slice
+# --- Clips of the data set ---------------------------------------------------------------------------------------
 
 
-def find_fold(path, assets_dir, processed_dir=None):
-    """Return the data set's fold (1 to 10) of a recording that is one of its clips, else None."""
+def known_clip_note(path, infos, assets_dir, processed_dir=None):
+    """Return a line on what the models' answer to a recording is worth if that is a clip of the data set, else None.
+
+    path: of the recording; infos: metadata of the models that answer; processed_dir: the folder of clips.csv. A model
+    has met the clip if its training folds have it, or if the clip is of a fold that neither trained nor tested the
+    model: that one has chosen its epoch.
+    """
+    fold = known_fold(path, assets_dir, processed_dir)
+    if fold is None:
+        return None
+    own = fold - 1  # as --fold_num counts
+    what = f"a clip of the data set's fold {fold}"
+    if not all(isinstance(info.get("fold"), int) and isinstance(info.get("training_folds"), list) for info in infos):
+        return f"{what}; the model does not say on which folds it was trained"
+    trained = [info["fold"] for info in infos if fold in info["training_folds"]]
+    chose = [info["fold"] for info in infos if info["fold"] not in (own, *trained)]
+    if not trained and not chose:
+        return f"{what}, which this model has not trained on"
+    how = "this model trained on it" if trained else "this model has chosen its epoch with it"
+    if len(infos) > 1:
+        how = f"{len(trained)} of {len(infos)} models trained on it"
+    return f"{what}: {how}, so the answer is too good; --fold_num {own} has never heard it"
+
+
+def known_fold(path, assets_dir, processed_dir=None):
+    """Return the data set's fold (counted from 1) of a recording that is one of its clips, else None.
+
+    A clip is known by its name in clips.csv, and by its content where the data set's own copy is at hand.
+    """
     if not CLIP_NAME.fullmatch(path.name):
         return None
     fold = read_folds(utils.folder(processed_dir, assets_dir, config.PROCESSED_DIR) / "clips.csv").get(path.name)
-    if fold is None:
-        return None
     own = assets_dir / config.DATASET_DIR / "audio" / f"fold{fold}" / path.name
     is_other = own.is_file() and not filecmp.cmp(own, path, shallow=False)
     return None if is_other else fold
@@ -187,28 +217,9 @@ def find_fold(path, assets_dir, processed_dir=None):
 
 @functools.cache  # one reading for a whole folder of clips
 def read_folds(table):
-    """Return {clip's file name: fold} of a clips.csv; a table that is missing or damaged tells nothing."""
+    """Return {clip's file name: fold} of a clips.csv; nothing of one that is missing or damaged."""
+    import data_loader  # and with it pandas, which takes half a second
+
     with contextlib.suppress(UserError, OSError):
-        return {clip["slice_file_name"]: clip["fold"] for clip in data_loader.read_clip_table(table)}
+        return data_loader.read_clip_table(table).set_index("slice_file_name")["fold"].to_dict()
     return {}
-
-
-def note(fold, infos):
-    """Return a line on what the models' answer to a clip of a fold (1 to 10) is worth.
-
-    infos: metadata of the models that answer. A model has met the clip if its training folds have it, or if it is of a
-    fold that neither trained nor tested the model: that one has chosen its epoch.
-    """
-    own = fold - 1  # as --fold_num counts
-    what = f"a clip of the data set's fold {fold}"
-    if not all(isinstance(info.get("fold"), int) and isinstance(info.get("training_folds"), list) for info in infos):
-        return f"{what}; the model does not say on which folds it was trained"  # it may be a stranger's
-    trained = [info["fold"] for info in infos if fold in info["training_folds"]]
-    chose = [info["fold"] for info in infos if info["fold"] not in (own, *trained)]
-    if not trained and not chose:
-        return f"{what}, which this model has not trained on"
-    if len(infos) > 1:
-        count = f"{len(trained)} of {len(infos)} models trained on it"
-        return f"{what}: {count}, so the answer is too good; --fold_num {own} has never heard it"
-    how = "trained on it" if trained else "has chosen its epoch with it"
-    return f"{what}: this model {how}, so the answer is too good; --fold_num {own} has never heard it"

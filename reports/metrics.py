@@ -1,20 +1,28 @@
-"""The numbers of the report, from the predictions of the tested folds. evaluate.py reads, writes and prints them.
+"""The numbers of the report: what the tested folds left in a results folder is read, checked and scored here.
 
-Written out in numpy, each with its formula. All shares are between 0 and 1. A value that does not exist (the recall of
-a class without test clips, the spread of one fold) is None in the results and NaN inside arrays, never 0.
+All shares are between 0 and 1. A value that does not exist (the recall of a class without test clips, the spread of
+one fold) is None in the results and NaN in arrays, never 0. A file that can't be right is a UserError that names the
+file and the line: it may have been edited, cut off, or come from elsewhere.
 """
 
-import collections
-import csv
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 import data_loader
 import utils
 from utils import UserError
+
+PREDICTIONS = re.compile(r"predictions_fold_(0|[1-9]\d{0,3})\.csv")
+HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
+VALIDATIONS = "next_fold", "none", "test_fold"
+RUN_TYPES = {"source": str, "settings": dict, "best_epochs": dict, "temperatures": dict}  # of run.json, if present
+MAX_NUMBER = 1e6  # of folds, epochs, a temperature
+SUM_TOLERANCE = 1e-3  # the probabilities of a clip must sum to 1 within this
 
 CONFUSIONS_LISTED = 10
 EXAMPLES_LISTED = 5  # clips named for each confusion
@@ -22,12 +30,6 @@ RECORDINGS_LISTED = 10  # of those with most errors
 CONFIDENCE_BINS = 15  # of equal width, as in Guo et al. 2017
 SHARES_ANSWERED = [share / 100 for share in range(100, 0, -5)]
 OPTIMISTIC = "optimistic: epoch chosen on the test fold"
-PREDICTIONS = re.compile(r"predictions_fold_(0|[1-9]\d*)\.csv")
-SUM_TOLERANCE = 1e-3  # the probabilities of a clip must sum to 1 within this
-# What run.json must be, where it has them.
-RUN_KINDS = {"validation": str, "best_epochs": dict, "n_folds": int, "temperatures": dict}
-KEYS_OF_FOLDS = ("best_epochs", "temperatures")  # of run.json: {fold: value}
-HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
 
 
 @dataclasses.dataclass
@@ -37,9 +39,9 @@ class Predictions:
     class_names: list
     names: list  # (clips,) file names
     folds: np.ndarray  # (clips,) 0-indexed
-    true: np.ndarray  # (clips,) places in class_names
+    true: np.ndarray  # (clips,) indices into class_names
     probabilities: np.ndarray  # (clips, classes)
-    clips: dict  # {file name: row of clips.csv}; empty if there is none, or if it lacks one of these clips
+    clips: pd.DataFrame | None  # all of clips.csv by file name; None if there is none, or if it lacks a tested clip
 
     @property
     def predicted(self):
@@ -50,106 +52,91 @@ class Predictions:
 # --- Reading -----------------------------------------------------------------------------------------------------
 
 
+def read_results(results_dir, processed_dir=None):
+    """Return the results of a folder of predictions, as results.json has them; nothing is written."""
+    return summarise(read_predictions(results_dir, processed_dir), read_run(results_dir))
+
+
 def read_predictions(results_dir, processed_dir=None):
     """Return the Predictions of every fold in a results folder, checked.
 
-    processed_dir: the folder of clips.csv, which tells salience, and how many clips and folds there are in all.
-    UserError names the file and line of what can't be right: probabilities that are none, a clip tested twice or in
-    another fold than its own, classes that differ between the folds.
+    processed_dir: the folder of clips.csv, which has salience and recordings, and all clips and folds there are.
+    UserError names the file and line of what can't be right: values that are no probabilities, a clip tested twice or
+    in a fold that is not its own, classes that differ between folds.
     """
-    found = {path: PREDICTIONS.fullmatch(path.name) for path in Path(results_dir).glob("predictions_fold_*.csv")}
-    paths = {int(match[1]): path for path, match in found.items() if match}
+    matches = {path: PREDICTIONS.fullmatch(path.name) for path in Path(results_dir).glob("predictions_fold_*.csv")}
+    paths = {int(match[1]): path for path, match in matches.items() if match}
     if not paths:
         raise UserError(f"no predictions in {results_dir}: run python train.py first")
-    files = {fold: read_prediction_file(path) for fold, path in sorted(paths.items())}
-    first = min(files)
-    class_names = files[first][0]
-    tested = {}
-    for fold, (classes, names, _, _) in files.items():
-        if classes != class_names:
-            raise UserError(
-                f"{paths[fold]}, line 1: its classes {classes} are not those of {paths[first].name}, {class_names}: "
-                "keep the folds of one run in a folder"
-            )
-        for line, name in enumerate(names, start=2):
-            here = f"{paths[fold].name}, line {line}"
-            if tested.setdefault(name, here) != here:
-                raise UserError(
-                    f"{paths[fold]}, line {line}: {name} is tested already in {tested[name]}; a clip counts once"
-                )
-    table = Path(processed_dir) / "clips.csv" if processed_dir else None
-    clips = {}
-    if table and table.is_file():
-        clips = {clip["slice_file_name"]: clip for clip in data_loader.read_clip_table(table)}
-        clips = clips if all(name in clips for name in tested) else {}
+    class_names, tables, probabilities = None, [], []
+    for fold, path in sorted(paths.items()):
+        columns, names, class_ids, rows = read_prediction_file(path)
+        class_names = class_names or columns
+        if columns != class_names:
+            raise UserError(f"{path}, line 1: its classes {columns} are not those of the folds before, {class_names}")
+        lines = [f"{path}, line {line}" for line in range(2, len(names) + 2)]
+        tables.append(pd.DataFrame({"clip": names, "classID": class_ids, "fold": fold}, index=lines))
+        probabilities.append(rows)
+    tested = pd.concat(tables)
+    check_rows(tested["clip"], ~tested["clip"].duplicated(), "is tested twice: a clip counts once")
+    clips = read_clips(processed_dir, tested)
     columns = class_columns(class_names, clips)
-    for fold, (_, names, class_ids, _) in files.items():
-        for line, (name, class_id) in enumerate(zip(names, class_ids, strict=True), start=2):
-            where = f"{paths[fold]}, line {line}"
-            if class_id not in columns:
-                raise UserError(f"{where}: {name} has classID {class_id}, which has no column: {sorted(columns)} have")
-            clip = clips.get(name, {"classID": class_id, "fold": fold + 1})
-            if (clip["classID"], clip["fold"]) != (class_id, fold + 1):
-                raise UserError(
-                    f"{where}: {name} has classID {class_id} and is tested in the data set's fold {fold + 1}, but "
-                    f"{table} says classID {clip['classID']} and fold {clip['fold']}: these files don't belong together"
-                )
+    check_rows(tested["classID"], tested["classID"].isin(columns), f"has no column: the columns are of {[*columns]}")
     return Predictions(
         class_names=class_names,
-        names=list(tested),
-        folds=np.repeat(list(files), [len(file[1]) for file in files.values()]),
-        true=np.array([columns[class_id] for file in files.values() for class_id in file[2]]),
-        probabilities=np.concatenate([file[3] for file in files.values()]),
+        names=tested["clip"].tolist(),
+        folds=tested["fold"].to_numpy(),
+        true=tested["classID"].map(columns).to_numpy(),
+        probabilities=np.concatenate(probabilities),
         clips=clips,
     )
 
 
-def read_prediction_file(path):
-    """Return (class names, file names, classIDs, probabilities (clips, classes)) of one fold's file."""
-    header, *rows = read_csv(path)
-    if header[:2] != ["slice_file_name", "classID"] or len(header) < 3 or len(set(header)) < len(header):
-        raise UserError(
-            f"{path}, line 1: the columns are {', '.join(header) or 'none'}; they must be slice_file_name, classID and "
-            "one a class, each once"
-        )
-    if not rows:
-        raise UserError(f"{path} has no clips: remove it, or test the fold again")
-    class_ids, probabilities = [], np.empty((len(rows), len(header) - 2))
-    for index, row in enumerate(rows):
-        where = f"{path}, line {index + 2}"
-        if len(row) != len(header):
-            raise UserError(f"{where}: {len(row)} values under {len(header)} columns: the file is cut off or damaged")
-        try:
-            class_ids.append(int(row[1]))
-            probabilities[index] = [float(value) for value in row[2:]]
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
-        if not (probabilities[index] >= 0).all() or not abs(probabilities[index].sum() - 1) <= SUM_TOLERANCE:
-            raise UserError(
-                f"{where}: the probabilities {', '.join(row[2:])} must be numbers of at least 0 with the sum 1"
-            )
-    return header[2:], [row[0] for row in rows], class_ids, probabilities
+def read_clips(processed_dir, tested):
+    """Return clips.csv by file name; None if there is none, or if it lacks a tested clip.
 
-
-def read_csv(path):
-    """Return the rows of a CSV file as lists of strings, without empty lines at its end; at least one row."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file))
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a CSV file ({error}): make it again") from error
-    while rows and not rows[-1]:
-        rows.pop()
-    return rows or [[]]
+    tested: DataFrame of clip, classID and fold (0-indexed). UserError where they differ from those of clips.csv.
+    """
+    path = Path(processed_dir) / "clips.csv" if processed_dir else None
+    if path is None or not path.is_file():
+        return None
+    clips = data_loader.read_clip_table(path).set_index("slice_file_name")
+    if not tested["clip"].isin(clips.index).all():
+        return None
+    own = clips.loc[tested["clip"]]
+    for column, values in (("classID", tested["classID"]), ("fold", tested["fold"] + 1)):
+        is_own = values.to_numpy() == own[column].to_numpy()
+        check_rows(values, is_own, f"is not the clip's in {path}: these files don't belong together")
+    return clips
 
 
 def class_columns(class_names, clips):
     """Return {classID: column} of the probabilities: as clips.csv numbers the classes, else in order from 0."""
-    ids = {clip["class"]: clip["classID"] for clip in clips.values()}
-    in_table = all(name in ids for name in class_names)
-    return {ids[name] if in_table else column: column for column, name in enumerate(class_names)}
+    ids = {} if clips is None else dict(zip(clips["class"], clips["classID"].tolist(), strict=True))
+    has_all = all(name in ids for name in class_names)
+    return {ids[name] if has_all else column: column for column, name in enumerate(class_names)}
+
+
+def read_prediction_file(path):
+    """Return (class names, file names, classIDs, probabilities (clips, classes)) of one fold's file."""
+    header, rows = read_csv(path)
+    is_unique = len(set(header)) == len(header) and all(name and name.isprintable() for name in header)
+    if header[:2] != ["slice_file_name", "classID"] or len(header) < 3 or not is_unique:
+        raise UserError(
+            f"{path}, line 1: the columns are {utils.one_line(', '.join(header))}; they must be slice_file_name, "
+            "classID and one for each class, each once"
+        )
+    if rows.empty:
+        raise UserError(f"{path} has no clips: remove it, or test the fold again")
+    names, class_ids, texts = rows["slice_file_name"], rows["classID"], rows.iloc[:, 2:]
+    check_rows(names, names.map(str.isprintable), "is no file name")
+    check_rows(class_ids, class_ids.str.fullmatch(r"\d{1,9}"), "is not a whole number")
+    values = texts.apply(pd.to_numeric, errors="coerce").to_numpy(float)  # (clips, classes); NaN is no number
+    sums = np.clip(values, -1, 2).sum(axis=1)  # clipped, so that none overflows
+    is_distribution = (values >= 0).all(axis=1) & (np.abs(sums - 1) <= SUM_TOLERANCE)
+    shown = pd.Series(map(", ".join, texts.to_numpy()), rows.index, name="probabilities")
+    check_rows(shown, is_distribution, "must be numbers of at least 0 with the sum 1")
+    return header[2:], names.tolist(), class_ids.astype(int).tolist(), values
 
 
 def read_history(results_dir, fold):
@@ -157,63 +144,84 @@ def read_history(results_dir, fold):
     path = Path(results_dir) / f"history_fold_{fold}.csv"
     if not path.is_file():
         return None
-    header, *rows = read_csv(path)
-    if missing := [column for column in HISTORY_COLUMNS if column not in header]:
-        raise UserError(f"{path}, line 1: lacks the column {', '.join(missing)}")
-    values = np.empty((len(rows), len(header)))
-    for index, row in enumerate(rows):
-        try:
-            values[index] = [float(value or "nan") for value in row]
-        except ValueError as error:
-            raise UserError(f"{path}, line {index + 2}: {error}") from error
-    return {column: values[:, header.index(column)] for column in HISTORY_COLUMNS}
+    header, rows = read_csv(path)
+    if missing := [column for column in HISTORY_COLUMNS if header.count(column) != 1]:
+        raise UserError(f"{path}, line 1: it must have the column {', '.join(missing)}, once")
+    values = {column: pd.to_numeric(rows[column], errors="coerce") for column in HISTORY_COLUMNS}
+    for column, numbers in values.items():
+        check_rows(rows[column], numbers.notna() | rows[column].isin(["", "nan"]), "is not a number")
+    return {column: numbers.to_numpy(float) for column, numbers in values.items()}
+
+
+def read_csv(path):
+    """Return (header, rows) of a CSV file: a list of str, and a DataFrame of str whose index is "<path>, line <n>"."""
+    try:
+        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, nothing in it, more values in a line than in the first
+        raise UserError(f"{path} is not a CSV file ({utils.one_line(error)}): test the fold again") from error
+    header, rows = table.iloc[0].tolist(), table.iloc[1:]
+    return header, rows.set_axis(header, axis=1).set_axis([f"{path}, line {row + 1}" for row in rows.index])
+
+
+def check_rows(column, is_right, fault):
+    """Raise a UserError that names the first value of a column that is not right; its index says where it stands."""
+    if not np.all(is_right):
+        row = int(np.argmin(is_right))
+        value = utils.one_line(column.iloc[row])
+        raise UserError(f"{column.index[row]}: {column.name} {value!r} {fault}; correct it, or test the fold again")
 
 
 def read_run(results_dir):
-    """Return what run.json says of the run, {} if it is not there."""
+    """Return the dict of run.json, {} if there is none. UserError for a value that can't be right."""
     path = Path(results_dir) / "run.json"
     run = utils.load_json(path) if path.is_file() else {}
-    if not isinstance(run, dict) or any(not isinstance(run.get(key, kind()), kind) for key, kind in RUN_KINDS.items()):
-        raise UserError(f"{path} does not describe a run: run python train.py again, or remove it")
-    for fold, value in run.get("temperatures", {}).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e3:
-            raise UserError(f"{path}: the temperature of fold {fold} is {str(value)[:80]!r}: run python train.py again")
+    remedy = "run python train.py again, or remove the file"
+    try:
+        json.dumps(run, indent=2, allow_nan=False, ensure_ascii=False).encode()  # as results.json will hold it
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} has a value that JSON can't hold ({utils.one_line(error)}): {remedy}") from error
+    if not isinstance(run, dict) or any(not isinstance(run.get(key, kind()), kind) for key, kind in RUN_TYPES.items()):
+        raise UserError(f"{path} does not describe a run: {remedy}")
+    if run.get("validation", "none") not in VALIDATIONS:
+        raise UserError(f"{path}: validation is {utils.one_line(run['validation'])!r}, none of {VALIDATIONS}: {remedy}")
+    numbers = {"n_folds": run.get("n_folds", 1)}
+    for key in ("best_epochs", "temperatures"):
+        numbers |= {f"{key} of fold {fold}": value for fold, value in run.get(key, {}).items()}
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value <= MAX_NUMBER:
+            name, value = utils.one_line(name), utils.one_line(value)
+            raise UserError(f"{path}: {name} is {value!r}, not a number above 0 and up to {MAX_NUMBER:g}: {remedy}")
     return run
 
 
-# --- Metrics -----------------------------------------------------------------------------------------------------
+# --- Scores ------------------------------------------------------------------------------------------------------
+# scikit-learn and scipy.stats are imported where they are used: they take a second.
 
 
-def confusion_matrix(true, predicted, n_classes):
-    """Return the (n_classes, n_classes) counts of clips: rows true, columns predicted."""
-    return np.bincount(true * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, n_classes)
+def class_scores(true, predicted, n_classes):
+    """Return (precision, recall, F1, clips) of each class, (n_classes,) each; NaN where a class gives no value.
 
-
-def class_scores(confusion):
-    """Return (precision, recall, F1) of each class, (classes,) floats; NaN where the class gives no value.
-
-    With TP clips of the class found, FP others taken for it and FN of its own missed:
-        precision = TP / (TP + FP)    recall = TP / (TP + FN)    F1 = 2 TP / (2 TP + FP + FN)
     A class without test clips has no recall and no F1; one that was never predicted has no precision, and F1 = 0.
     """
-    hits, clips, taken = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    f1 = ratio(2 * hits, clips + taken)
-    return ratio(hits, taken), ratio(hits, clips), np.where(clips > 0, f1, np.nan)
+    from sklearn.metrics import precision_recall_fscore_support
+
+    precision, recall, f1, clips = precision_recall_fscore_support(
+        true, predicted, labels=range(n_classes), zero_division=np.nan
+    )
+    return precision, recall, np.where(clips > 0, f1, np.nan), clips
 
 
-def ratio(part, whole):
-    """Return part / whole, NaN where whole is 0."""
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+def macro_f1(true, predicted):
+    """Return the mean F1 of the classes that have test clips: each class counts alike."""
+    from sklearn.metrics import f1_score
 
-
-def macro_f1(confusion):
-    """Return the mean F1 of the classes that have test clips: each class counts alike, however many its clips."""
-    f1 = class_scores(confusion)[2]
-    return float(f1[~np.isnan(f1)].mean())
+    return float(f1_score(true, predicted, labels=np.unique(true), average="macro"))
 
 
 def sample_std(values):
-    """Return the sample standard deviation, sqrt(sum((x - mean)^2) / (n - 1)); None for fewer than two values."""
+    """Return the sample standard deviation (n - 1); None for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
@@ -224,18 +232,17 @@ def interval_95(values):
     """
     if len(values) < 2:
         return None
-    from scipy.special import stdtrit  # Student's t quantile; scipy.stats has it too, and takes a second to import
+    from scipy import stats
 
-    half = stdtrit(len(values) - 1, 0.975) * sample_std(values) / np.sqrt(len(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * sample_std(values) / np.sqrt(len(values))
     return [max(0.0, float(np.mean(values) - half)), min(1.0, float(np.mean(values) + half))]
 
 
 def paired_test(right_a, right_b):
     """Compare two runs on the same clips by McNemar's test: only the clips that one of the two alone got right count.
 
-    right_a, right_b: (clips,) bools. If the runs were equally good, each such clip would be A's or B's with 1/2:
-        p = P(a split at least as uneven as only_a : only_b), binomial, exact and two-sided
-    Returns {"clips", "accuracy_a", "accuracy_b", "only_a", "only_b", "p_value"}.
+    right_a, right_b: (clips,) bools. Returns {"clips", "accuracy_a", "accuracy_b", "only_a", "only_b", "p_value"}; p is
+    that of an exact two-sided binomial test of only_a : only_b against 1/2.
     """
     from scipy import stats
 
@@ -267,19 +274,17 @@ def reliability(confidence, correct):
     Using Bayesian Binning"; 15 bins as Guo et al. 2017, arXiv:1706.04599) is
         ECE = sum over bins of clips in bin / clips * |accuracy of bin - mean confidence of bin|
     """
-    place = np.clip(np.ceil(confidence * CONFIDENCE_BINS).astype(int) - 1, 0, CONFIDENCE_BINS - 1)  # (clips,)
-    bins = []
-    for number in range(CONFIDENCE_BINS):
-        here = place == number
-        bins.append(
-            {
-                "from": number / CONFIDENCE_BINS,
-                "to": (number + 1) / CONFIDENCE_BINS,
-                "clips": int(here.sum()),
-                "confidence": mean_or_none(confidence[here]),
-                "accuracy": mean_or_none(correct[here]),
-            }
-        )
+    bin_of = np.clip(np.ceil(confidence * CONFIDENCE_BINS).astype(int) - 1, 0, CONFIDENCE_BINS - 1)  # (clips,)
+    bins = [
+        {
+            "from": index / CONFIDENCE_BINS,
+            "to": (index + 1) / CONFIDENCE_BINS,
+            "clips": int((bin_of == index).sum()),
+            "confidence": mean_or_none(confidence[bin_of == index]),
+            "accuracy": mean_or_none(correct[bin_of == index]),
+        }
+        for index in range(CONFIDENCE_BINS)
+    ]
     gaps = [row["clips"] * abs(row["accuracy"] - row["confidence"]) for row in bins if row["clips"]]
     return {"ece": float(sum(gaps) / len(correct)), "bins": bins}
 
@@ -310,53 +315,52 @@ def selective_accuracy(confidence, correct):
 
 def summarise(predictions, run):
     """Return the results, as results.json has them: plain values, None where there is none. run: see `read_run`."""
-    names, n_classes = predictions.class_names, len(predictions.class_names)
-    correct = predictions.true == predictions.predicted
-    folds = sorted(set(predictions.folds.tolist()))
-    confusions = {}
-    for fold in folds:
+    from sklearn.metrics import confusion_matrix
+
+    names, true, predicted = predictions.class_names, predictions.true, predictions.predicted
+    correct = true == predicted
+    per_fold, fold_scores = [], []
+    for fold in np.unique(predictions.folds).tolist():
         here = predictions.folds == fold
-        confusions[fold] = confusion_matrix(predictions.true[here], predictions.predicted[here], n_classes)
-    total = sum(confusions.values())
-    accuracies = [float(np.trace(confusion) / confusion.sum()) for confusion in confusions.values()]
-    salience = np.array([predictions.clips.get(name, {}).get("salience") for name in predictions.names])
-    protocol = run.get("validation")
-    per_fold = [
-        {
-            "fold": fold,
-            "dataset_fold": fold + 1,
-            "clips": int(confusions[fold].sum()),
-            "accuracy": accuracy,
-            "best_epoch": run.get("best_epochs", {}).get(str(fold)),
-            "macro_f1": macro_f1(confusions[fold]),
-        }
-        for fold, accuracy in zip(folds, accuracies, strict=True)
-    ]
-    all_folds = {clip["fold"] for clip in predictions.clips.values()}
+        fold_scores.append(class_scores(true[here], predicted[here], len(names)))
+        per_fold.append(
+            {
+                "fold": fold,
+                "dataset_fold": fold + 1,
+                "clips": int(here.sum()),
+                "accuracy": float(correct[here].mean()),
+                "best_epoch": run.get("best_epochs", {}).get(str(fold)),
+                "macro_f1": macro_f1(true[here], predicted[here]),
+            }
+        )
+    accuracies = [row["accuracy"] for row in per_fold]
+    clips, protocol = predictions.clips, run.get("validation")
+    salience = np.full(len(true), "") if clips is None else clips.loc[predictions.names, "salience"].to_numpy(str)
+    confusion = confusion_matrix(true, predicted, labels=range(len(names)))  # rows true, columns predicted
     return {
         "protocol": protocol,
         "optimistic": None if protocol is None else protocol == "test_fold",
         "note": OPTIMISTIC if protocol == "test_fold" else None,
-        "folds_present": len(folds),
-        "folds_total": len(all_folds) or run.get("n_folds"),
-        "clips": len(correct),
-        "clips_total": len(predictions.clips) or None,
+        "folds_present": len(per_fold),
+        "folds_total": run.get("n_folds") if clips is None else int(clips["fold"].nunique()),
+        "clips": len(true),
+        "clips_total": None if clips is None else len(clips),
         "accuracy_mean": float(np.mean(accuracies)),
         "accuracy_std": sample_std(accuracies),
         "accuracy_interval_95": interval_95(accuracies),
         "accuracy_all_clips": float(correct.mean()),
-        "macro_f1": macro_f1(total),
+        "macro_f1": macro_f1(true, predicted),
         "foreground_accuracy": mean_or_none(correct[salience == "1"]),
         "foreground_clips": int((salience == "1").sum()),
         "background_accuracy": mean_or_none(correct[salience == "2"]),
         "background_clips": int((salience == "2").sum()),
         "per_fold": per_fold,
-        "per_class": summarise_classes(names, total),
-        "agreement": summarise_agreement(names, confusions),
+        "per_class": summarise_classes(names, class_scores(true, predicted, len(names))),
+        "agreement": summarise_agreement(names, fold_scores),
         "confidence": summarise_confidence(predictions, run.get("temperatures", {})),
         "class_names": names,
-        "confusion_matrix": total.tolist(),
-        "worst_confusions": worst_confusions(predictions, total),
+        "confusion_matrix": confusion.tolist(),
+        "worst_confusions": worst_confusions(predictions, confusion),
         "recordings": summarise_recordings(predictions),
         "run": run,
     }
@@ -371,25 +375,26 @@ def number(value):
     return None if np.isnan(value) else float(value)
 
 
-def summarise_classes(names, confusion):
-    """Return {class: {"precision", "recall", "f1", "clips"}} over all test clips."""
-    scores = zip(names, *class_scores(confusion), confusion.sum(axis=1).tolist(), strict=True)
+def summarise_classes(names, scores):
+    """Return {class: {"precision", "recall", "f1", "clips"}} over all test clips; scores: see `class_scores`."""
     return {
-        name: {"precision": number(precision), "recall": number(recall), "f1": number(f1), "clips": clips}
-        for name, precision, recall, f1, clips in scores
+        name: {"precision": number(precision), "recall": number(recall), "f1": number(f1), "clips": int(clips)}
+        for name, precision, recall, f1, clips in zip(names, *scores, strict=True)
     }
 
 
-def summarise_agreement(names, confusions):
-    """Return how far the folds agree: each class's recall and F1 in every fold, its spread, the most varied class."""
-    _, recall, f1 = (np.array(scores) for scores in zip(*map(class_scores, confusions.values()), strict=True))
+def summarise_agreement(names, fold_scores):
+    """Return how far the folds agree: each class's recall and F1 in every fold, its spread, the most varied class.
+
+    fold_scores: what `class_scores` returns, of each fold.
+    """
+    _, recall, f1, _ = (np.array(scores) for scores in zip(*fold_scores, strict=True))  # (folds, classes)
     classes = {}
     for column, name in enumerate(names):
-        present = recall[~np.isnan(recall[:, column]), column]
         classes[name] = {
             "recall": [number(value) for value in recall[:, column]],  # in the order of per_fold
             "f1": [number(value) for value in f1[:, column]],
-            "recall_std": sample_std(present),
+            "recall_std": sample_std(recall[~np.isnan(recall[:, column]), column]),
         }
     spreads = {name: scores["recall_std"] for name, scores in classes.items() if scores["recall_std"] is not None}
     return {
@@ -408,7 +413,7 @@ def summarise_confidence(predictions, temperatures):
     before = predictions.probabilities.max(axis=1)  # (clips,)
     after = before.copy()
     per_fold = []
-    for fold in sorted(set(predictions.folds.tolist())):
+    for fold in np.unique(predictions.folds).tolist():
         here, temperature = predictions.folds == fold, temperatures.get(str(fold))
         row = {"fold": fold, "temperature": temperature, "ece_after": None}
         row["ece_before"] = reliability(before[here], correct[here])["ece"]
@@ -426,23 +431,21 @@ def summarise_confidence(predictions, temperatures):
 
 
 def worst_confusions(predictions, confusion):
-    """Return the largest cells off the diagonal, with the clips that the network was surest of, and wrong."""
-    names, predicted = predictions.class_names, predictions.predicted
-    wrong = collections.defaultdict(list)
-    for clip in np.flatnonzero(predictions.true != predicted):
-        confidence = float(predictions.probabilities[clip, predicted[clip]])
-        pair = int(predictions.true[clip]), int(predicted[clip])
-        wrong[pair].append((-confidence, predictions.names[clip]))
-    worst = sorted(wrong, key=lambda pair: (-len(wrong[pair]), pair))[:CONFUSIONS_LISTED]
+    """Return the most frequent confusions as dicts, each with the clips that were mistaken most confidently."""
+    names = predictions.class_names
+    clips = pd.DataFrame({"true": predictions.true, "predicted": predictions.predicted, "name": predictions.names})
+    clips["confidence"] = predictions.probabilities.max(axis=1)
+    wrong = clips[clips["true"] != clips["predicted"]].sort_values(["confidence", "name"], ascending=[False, True])
+    groups = sorted(wrong.groupby(["true", "predicted"]), key=lambda group: (-len(group[1]), group[0]))
     return [
         {
             "true": names[true],
-            "predicted": names[guess],
-            "clips": len(wrong[true, guess]),
-            "share": len(wrong[true, guess]) / int(confusion[true].sum()),  # of the true class's clips
-            "examples": [name for _, name in sorted(wrong[true, guess])[:EXAMPLES_LISTED]],
+            "predicted": names[predicted],
+            "clips": len(rows),
+            "share": len(rows) / int(confusion[true].sum()),  # of the true class's clips
+            "examples": rows["name"].head(EXAMPLES_LISTED).tolist(),
         }
-        for true, guess in worst
+        for (true, predicted), rows in groups[:CONFUSIONS_LISTED]
     ]
 
 
@@ -452,27 +455,26 @@ def summarise_recordings(predictions):
     Clips of one recording are alike, and tend to be right or wrong together: "accuracy" is the mean over recordings of
     the share of their clips that are right. None where there is no clips.csv.
     """
-    if not predictions.clips:
+    if predictions.clips is None:
         return None
-    places = collections.defaultdict(list)
-    for place, name in enumerate(predictions.names):
-        places[predictions.clips[name]["fsID"], int(predictions.true[place])].append(place)
-    rows = []
-    for (recording, true), clips in places.items():
-        predicted = predictions.predicted[clips]
-        wrong = collections.Counter(predictions.class_names[guess] for guess in predicted[predicted != true])
-        rows.append(
-            {
-                "recording": recording,
-                "class": predictions.class_names[true],
-                "clips": len(clips),
-                "wrong": wrong.total(),
-                "taken_for": min(wrong, key=lambda name: (-wrong[name], name), default=None),
-            }
-        )
-    worst = sorted(rows, key=lambda row: (-row["wrong"], row["recording"], row["class"]))[:RECORDINGS_LISTED]
+    names = np.array(predictions.class_names)
+    clips = pd.DataFrame({"class": names[predictions.true], "predicted": names[predictions.predicted]})
+    clips["recording"] = predictions.clips.loc[predictions.names, "fsID"].astype(str).to_numpy()
+    clips["wrong"] = clips["class"] != clips["predicted"]
+    recordings = clips.groupby(["recording", "class"])["wrong"].agg(["size", "sum"]).reset_index()
+    worst = recordings[recordings["sum"] > 0].sort_values(["sum", "recording", "class"], ascending=[False, True, True])
+    wrong = clips[clips["wrong"]].set_index(["recording", "class"])["predicted"]
     return {
-        "count": len(rows),
-        "accuracy": float(np.mean([1 - row["wrong"] / row["clips"] for row in rows])),
-        "most_errors": [row for row in worst if row["wrong"]],
+        "count": len(recordings),
+        "accuracy": float((1 - recordings["sum"] / recordings["size"]).mean()),
+        "most_errors": [
+            {
+                "recording": row["recording"],
+                "class": row["class"],
+                "clips": row["size"],
+                "wrong": row["sum"],
+                "taken_for": wrong.loc[[(row["recording"], row["class"])]].mode()[0],  # the first of equals by name
+            }
+            for row in worst.head(RECORDINGS_LISTED).to_dict("records")
+        ],
     }

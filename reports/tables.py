@@ -1,22 +1,72 @@
 """The words and tables of the report and of the comparison, as Markdown that reads well in a terminal too.
 
-evaluate.py writes and prints them. They take the results as results.json has them, and compute nothing new.
+They take the results as results.json has them, and compute nothing new. `write_report` writes all that a results folder
+has for people: train.py ends with it, evaluate.py is its command.
 """
 
+import contextlib
+import functools
+import re
+import sys
 from pathlib import Path
 
 import utils
 from reports import metrics, pictures
 
 FOLD_COLUMNS = ("fold", "dataset_fold", "clips", "best_epoch")
-ALL_FOLDS = 10  # of UrbanSound8K
+PUBLISHED_FOLDS = {"UrbanSound8K": 10}  # data sets whose published results are means over so many folds
+MARKDOWN = re.compile(r"[\\`*<>|\[\]$&~]|\b_|_\b")  # an underscore in a word, as in dog_bark, is plain text
+MAX_CELL = 500  # characters
 PROTOCOLS = {
     "next_fold": "the fold after the test fold chose the epoch, the rest trained; the test fold was read once",
     "none": "all other folds trained, the last epoch counts; the test fold was read once",
     "test_fold": "the test fold itself chose the epoch, so these numbers are higher than the truth",
-    None: "no run.json says how the epochs were chosen, so nobody can tell whether these numbers are honest",
+    None: "no run.json says how the epochs were chosen, so these numbers may be higher than the truth",
 }
 SHARES_LISTED = (1, 0.9, 0.8, 0.7, 0.5)  # of the clips answered
+
+
+# --- The files ---------------------------------------------------------------------------------------------------
+
+
+def write_report(results_dir, processed_dir=None):
+    """Write results.json, report.md and the pictures into a results folder, print the folds, and return the results.
+
+    results_dir, processed_dir: see `metrics.read_predictions`. UserError if the folder's files can't be right.
+    """
+    results_dir = Path(results_dir)
+    results = metrics.read_results(results_dir, processed_dir)
+    histories = {row["fold"]: metrics.read_history(results_dir, row["fold"]) for row in results["per_fold"]}
+    histories = {fold: history for fold, history in histories.items() if history}
+    drawings = {
+        "confusion_matrix.png": (pictures.draw_confusion_matrix, "Confusion matrix"),
+        "per_class.png": (pictures.draw_classes, "F1 and recall of each class"),
+        "reliability.png": (pictures.draw_reliability, "Confidence"),
+        "curves.png": (functools.partial(pictures.draw_curves, histories=histories), "Training"),
+    }
+    if not histories:
+        drawings.pop("curves.png")
+        (results_dir / "curves.png").unlink(missing_ok=True)  # of an earlier run
+    results["files"] = ["results.json", "report.md", *drawings]
+    with utils.atomic_write(results_dir / "report.md", "w") as file:
+        file.write(report_text(results))
+    utils.save_json(results_dir / "results.json", results)
+    print(f"{folds_table(results)}\n\n{coverage(results)}: {summary_line(results)}")
+    for name, (draw, title) in drawings.items():
+        path = results_dir / name
+        try:
+            draw(path, results, titled(title, results))
+        except Exception as error:  # the numbers are written; no training should end with an error for a picture
+            print(f"warning: {path} is not drawn: {utils.one_line(error)}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                path.unlink()  # of an earlier run
+            results["files"].remove(name)
+            utils.save_json(results_dir / "results.json", results)
+    print("wrote " + " ".join(str(results_dir / name) for name in results["files"]))
+    return results
+
+
+# --- The words ---------------------------------------------------------------------------------------------------
 
 
 def titled(title, results):
@@ -29,9 +79,17 @@ def percent(value, unit=" %", sign=""):
     return "–" if value is None else f"{100 * value:{sign}.1f}{unit}"
 
 
+def escape(value):
+    """Return untrusted text as Markdown that shows it as it is, in one line."""
+    return MARKDOWN.sub(r"\\\g<0>", utils.one_line(value, MAX_CELL))
+
+
 def table(header, rows, left=(0,)):
-    """Return a Markdown table, its columns aligned: those in `left` to the left, others to the right. None is –."""
-    cells = [["–" if cell is None else str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    """Return a Markdown table, its columns aligned: those in `left` to the left, others to the right. None is –.
+
+    Cells are plain text: Markdown in them is escaped, since much of it comes from files.
+    """
+    cells = [["–" if cell is None else escape(cell) for cell in row] for row in (header, *rows)]
     columns = []
     for index, column in enumerate(zip(*cells, strict=True)):
         width = max(3, *map(len, column))
@@ -73,13 +131,14 @@ def coverage(results):
 
 def report_text(results):
     """Return report.md."""
-    part_of_all = results["folds_present"] < max(results["folds_total"] or 0, ALL_FOLDS)
+    all_folds = PUBLISHED_FOLDS.get(results["run"].get("source"), results["folds_total"]) or 0
+    is_part = results["folds_present"] < all_folds
     introduction = [
         f"# {titled('Results', results)}",
         f"**{summary_line(results)}**",
         f"They speak for {coverage(results)} of the data set at hand. "
-        + ("Published results for UrbanSound8K are means of all ten folds: this is a part. " if part_of_all else "")
-        + f"Protocol: {PROTOCOLS.get(results['protocol'], 'not one of this project')}. Over all clips together: "
+        + (f"Published results are means over all {all_folds} folds: this is a part. " if is_part else "")
+        + f"Protocol: {PROTOCOLS[results['protocol']]}. Over all clips together: "
         f"accuracy {percent(results['accuracy_all_clips'])}, macro F1 {percent(results['macro_f1'])}.",
         f"## {folds_table(results)}",
         "The 95 % interval is Student's t, which takes the folds as independent. They share training clips, so it is a "
@@ -180,8 +239,8 @@ def agreement_text(results):
     return (
         f"Accuracy runs from {percent(worst['accuracy'])} (fold {worst['fold']}) to {percent(best['accuracy'])} (fold "
         f"{best['fold']}). The recall of a class varies by {percent(agreement['mean_recall_std'], unit='')} points "
-        f"(standard deviation over folds, mean of the classes), that of {name} most: from {percent(low)} (fold "
-        f"{low_fold}) to {percent(high)} (fold {high_fold})."
+        f"(standard deviation over folds, mean of the classes), that of {escape(name)} most: from {percent(low)} "
+        f"(fold {low_fold}) to {percent(high)} (fold {high_fold})."
     )
 
 
@@ -239,9 +298,8 @@ def answered_table(results):
 
 
 def run_table(run):
-    settings = run.get("settings") if isinstance(run.get("settings"), dict) else {}
-    described = {name: value for name, value in run.items() if name not in ("settings", "best_epochs", "temperatures")}
-    return table(["setting", "value"], {**described, **settings}.items(), left=(0, 1))
+    described = {name: value for name, value in run.items() if not isinstance(value, dict)}
+    return table(["setting", "value"], {**described, **run.get("settings", {})}.items(), left=(0, 1))
 
 
 def compare_text(folders, results, values):
@@ -255,7 +313,7 @@ def compare_text(folders, results, values):
     sections = [
         f"# {titled('Comparison', noted)}",
         "\n".join(
-            f"- {letter}: {folder}, {coverage(result)}: {summary_line(result)}"
+            f"- {letter}: {escape(folder)}, {coverage(result)}: {summary_line(result)}"
             for letter, folder, result in zip("AB", folders, results, strict=True)
         ),
         table(
@@ -269,42 +327,3 @@ def compare_text(folders, results, values):
         table(["class", "clips", "A", "B", "B - A, points"], [row(*moved.values()) for moved in values["classes"]]),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-# --- The report --------------------------------------------------------------------------------------------------
-
-
-def read_results(results_dir, processed_dir=None):
-    """Return the results of a folder of predictions, as results.json has them, and write nothing."""
-    return metrics.summarise(metrics.read_predictions(results_dir, processed_dir), metrics.read_run(results_dir))
-
-
-def write_report(results_dir, processed_dir=None):
-    """Write results.json, report.md and the pictures into a results folder, print the folds, and return the results.
-
-    results_dir, processed_dir: see `read_predictions`. UserError if the folder's files can't be right.
-    """
-    results_dir = Path(results_dir)
-    results = read_results(results_dir, processed_dir)
-    histories = {row["fold"]: metrics.read_history(results_dir, row["fold"]) for row in results["per_fold"]}
-    histories = {fold: history for fold, history in histories.items() if history}
-    results["files"] = ["results.json", "report.md", *draw_pictures(results_dir, results, histories)]
-    with utils.atomic_write(results_dir / "report.md", "w") as file:
-        file.write(report_text(results))
-    utils.save_json(results_dir / "results.json", results)
-    print(f"{folds_table(results)}\n\n{coverage(results)}: {summary_line(results)}")
-    print("wrote " + " ".join(str(results_dir / name) for name in results["files"]))
-    return results
-
-
-def draw_pictures(folder, results, histories):
-    """Draw the pictures into a folder and return their names; the curves only if there are histories."""
-    pictures.draw_confusion_matrix(folder / "confusion_matrix.png", results, titled("Confusion matrix", results))
-    pictures.draw_classes(folder / "per_class.png", results, titled("F1 and recall of each class", results))
-    pictures.draw_reliability(folder / "reliability.png", results, titled("Confidence", results))
-    names = ["confusion_matrix.png", "per_class.png", "reliability.png"]
-    if not histories:
-        (folder / "curves.png").unlink(missing_ok=True)  # of an earlier run
-        return names
-    pictures.draw_curves(folder / "curves.png", histories, results, titled("Training", results))
-    return [*names, "curves.png"]

@@ -1,157 +1,234 @@
+"""metrics.py: what a results folder holds is read and checked, and scored as scikit-learn and paper formulas do."""
+
 import math
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
+from result_files import CLASSES, CLIPS_A_FOLD, raw_predictions, read_rows, write_clips, write_rows, write_run
 from sklearn import metrics as reference
 
 from reports import metrics
+from utils import UserError
+
+# --- Reading -----------------------------------------------------------------------------------------------------
 
 
-def labels(seed, n_classes=6, clips=300):
-    """Random labels, and predictions that are right in about half the cases."""
-    rng = np.random.default_rng(seed)
-    true = rng.integers(0, n_classes, clips)
-    return true, np.where(rng.random(clips) < 0.5, true, rng.integers(0, n_classes, clips))
+def cell(line, column, value):
+    def change(rows):
+        rows[line - 1][column] = value
+
+    return change
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_scores_equal_scikit_learns(seed):
-    true, predicted = labels(seed)
-    confusion = metrics.confusion_matrix(true, predicted, 6)
-    assert (confusion == reference.confusion_matrix(true, predicted)).all()
-    expected = reference.precision_recall_fscore_support(true, predicted)
-    np.testing.assert_allclose(metrics.class_scores(confusion), expected[:3], rtol=1e-12)
-    assert metrics.macro_f1(confusion) == pytest.approx(reference.f1_score(true, predicted, average="macro"))
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (cell(5, 2, "nan"), ["line 5", "probabilities"]),
+        (cell(5, 2, "-0.2"), ["line 5", "probabilities"]),
+        (cell(7, 2, "9" * 400), ["line 7", "sum 1"]),
+        (cell(7, 2, "many"), ["line 7", "many"]),
+        (cell(4, 1, "dog"), ["line 4", "'dog'", "whole number"]),
+        (cell(4, 1, "9" * 30), ["line 4", "whole number"]),
+        (cell(4, 1, "3"), ["line 4", "'3'", "no column"]),
+        (cell(4, 0, "a\nb.wav"), ["line 4", "'a b.wav'", "no file name"]),
+        (cell(1, 0, "file"), ["line 1", "slice_file_name"]),
+        (cell(1, 3, "siren"), ["line 1", "each once"]),
+        (cell(1, 3, "cat\x1b[2J"), ["line 1", "each once"]),
+        (cell(1, 3, "cat"), ["line 1", "cat", "the folds before"]),
+        (cell(9, 0, "clip1_0.wav"), ["line 9", "clip1_0.wav", "twice"]),
+        (cell(9, 0, "clip0_3.wav"), ["line 9", "clip0_3.wav", "twice"]),
+        (lambda rows: rows[3].pop(), ["line 4", "probabilities"]),
+        (lambda rows: rows[3].append("0"), ["line 4", "not a CSV file"]),
+        (lambda rows: rows.clear(), ["not a CSV file"]),
+        (lambda rows: rows.__delitem__(slice(1, None)), ["no clips"]),
+    ],
+)
+def test_predictions_that_can_not_be_right_are_refused_by_file_and_line(tmp_path, change, named):
+    folder = write_run(tmp_path)
+    path = folder / "predictions_fold_1.csv"
+    rows = read_rows(path)
+    change(rows)
+    write_rows(path, rows)
+    with warnings.catch_warnings(), pytest.raises(UserError) as caught:
+        warnings.simplefilter("error")
+        metrics.read_predictions(folder)
+    assert all(part in str(caught.value) for part in [str(path), *named]) and str(caught.value).isprintable()
 
 
-def test_scores_where_a_class_has_no_clips_or_is_never_predicted():
+def test_predictions_with_small_rounding_and_empty_last_lines_are_accepted(tmp_path):
+    folder = write_run(tmp_path, folds=[0])
+    path = folder / "predictions_fold_0.csv"
+    rows = read_rows(path)
+    rows[1][2:] = ["0.3335", "0.3335", "0.3335"]
+    write_rows(path, rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\r\n")
+    assert metrics.read_results(folder)["clips"] == CLIPS_A_FOLD
+
+
+def test_other_files_in_the_folder_are_not_read(tmp_path):
+    folder = write_run(tmp_path, folds=[0])
+    for name in ("predictions_fold_0 (copy).csv", "predictions_fold_1.csv.tmp", f"predictions_fold_{'9' * 30}.csv"):
+        (folder / name).write_text("half a fi")
+    assert metrics.read_results(folder)["folds_present"] == 1
+    (folder / "predictions_fold_2.csv").mkdir()
+    with pytest.raises(UserError, match="can't read"):
+        metrics.read_results(folder)
+
+
+@pytest.mark.parametrize(("column", "value", "named"), [("fold", "3", "fold '1'"), ("classID", "1", "classID '0'")])
+def test_table_that_contradicts_the_predictions_is_refused(tmp_path, column, value, named):
+    folder, data = write_run(tmp_path / "results"), write_clips(tmp_path / "data")
+    rows = read_rows(data / "clips.csv")
+    rows[1][rows[0].index(column)] = value
+    rows[1][-1] = CLASSES[int(rows[1][-2])]
+    write_rows(data / "clips.csv", rows)
+    with pytest.raises(UserError, match=f"predictions_fold_0.csv, line 2: {named} is not the clip's in .*clips.csv"):
+        metrics.read_predictions(folder, data)
+
+
+HISTORY = "epoch,train_loss,train_accuracy,validation_loss,validation_accuracy\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("history_fold_0.csv", "epoch,train_loss\n1,2\n", "train_accuracy"),
+        ("history_fold_0.csv", HISTORY + "1,x,,,\n", "line 2: train_loss 'x'"),
+        ("history_fold_0.csv", HISTORY.replace("loss", "loss,epoch", 1) + "1,2,3,4,5,6\n", "epoch, once"),
+        ("run.json", "[]", "does not describe a run"),
+        ("run.json", '{"best_epochs": [1, 2]}', "does not describe a run"),
+        ("run.json", '{"source": ["a"]}', "does not describe a run"),
+        ("run.json", '{"validation": ["none"]}', "validation is "),
+        ("run.json", '{"validation": "test"}', "validation is 'test'"),
+        ("run.json", "{", "not JSON"),
+        ("run.json", '{"settings": {"rate": 1e999}}', "JSON can't hold"),
+        ("run.json", '{"settings": {"name": "\\ud800"}}', "JSON can't hold"),
+        ("run.json", '{"n_folds": true}', "n_folds is 'True'"),
+        ("run.json", '{"best_epochs": {"0": "2"}}', "best_epochs of fold 0 is '2'"),
+        ("run.json", '{"temperatures": {"0": -1}}', "temperatures of fold 0 is '-1'"),
+    ],
+)
+def test_damaged_history_or_run_is_named(tmp_path, name, content, named):
+    folder = write_run(tmp_path)
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=named) as caught:
+        metrics.read_history(folder, 0)
+        metrics.read_run(folder)
+    assert str(folder / name) in str(caught.value)
+
+
+def test_history_that_is_not_there_is_none_and_an_empty_value_nan(tmp_path):
+    folder = write_run(tmp_path, validation="none")
+    assert metrics.read_history(folder, 7) is None
+    history = metrics.read_history(folder, 0)
+    assert history["epoch"].tolist() == [1, 2, 3] and np.isnan(history["validation_loss"]).all()
+
+
+# --- Results -----------------------------------------------------------------------------------------------------
+
+
+def test_results_equal_scikit_learn(tmp_path):
+    folder = write_run(tmp_path / "results")
+    results = metrics.read_results(folder, write_clips(tmp_path / "data"))
+    folds = [raw_predictions(folder, fold) for fold in range(3)]
+    true, predicted = (np.concatenate([fold[part] for fold in folds]) for part in (0, 1))
+    accuracies = [reference.accuracy_score(*fold) for fold in folds]
+    assert [row["accuracy"] for row in results["per_fold"]] == pytest.approx(accuracies)
+    macro = [reference.f1_score(*fold, average="macro") for fold in folds]
+    assert [row["macro_f1"] for row in results["per_fold"]] == pytest.approx(macro)
+    assert results["accuracy_mean"] == pytest.approx(np.mean(accuracies))
+    assert results["accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1))
+    assert results["accuracy_all_clips"] == pytest.approx(reference.accuracy_score(true, predicted))
+    assert results["confusion_matrix"] == reference.confusion_matrix(true, predicted).tolist()
+    expected = reference.classification_report(true, predicted, target_names=CLASSES, output_dict=True)
+    for name in CLASSES:
+        assert results["per_class"][name]["f1"] == pytest.approx(expected[name]["f1-score"])
+        assert results["per_class"][name]["clips"] == expected[name]["support"]
+    background = np.tile(np.arange(CLIPS_A_FOLD) < 10, 3)
+    assert results["background_accuracy"] == pytest.approx((true == predicted)[background].mean())
+    assert (results["background_clips"], results["foreground_clips"]) == (30, 60)
+    recalls = np.array([reference.recall_score(*fold, average=None) for fold in folds])
+    assert results["agreement"]["most_varied_class"] == CLASSES[recalls.std(axis=0).argmax()]
+    assert (results["folds_present"], results["folds_total"]) == (3, 10)
+    assert (results["clips"], results["clips_total"]) == (90, 300)
+
+
+def test_class_ids_of_the_table_decide_not_the_order_of_columns(tmp_path):
+    folder, data = write_run(tmp_path / "results", folds=[0]), write_clips(tmp_path / "data")
+    before = metrics.read_results(folder, data)
+    for path in (folder / "predictions_fold_0.csv", data / "clips.csv"):
+        rows = read_rows(path)
+        column = rows[0].index("classID")
+        for row in rows[1:]:
+            row[column] = str({0: 2, 1: 5, 2: 9}[int(row[column])])
+        write_rows(path, rows)
+    assert metrics.read_results(folder, data) == before
+
+
+@pytest.mark.parametrize("is_of_other_clips", [False, True])
+def test_without_a_table_of_these_clips_no_salience_is_claimed(tmp_path, is_of_other_clips):
+    folder = write_run(tmp_path / "results")
+    data = write_clips(tmp_path / "data", folds=[0, 1])  # lacks the clips of fold 2
+    results = metrics.read_results(folder, data if is_of_other_clips else tmp_path)
+    assert results["clips_total"] is None and results["folds_total"] is None and results["recordings"] is None
+    assert results["foreground_accuracy"] is None and results["background_accuracy"] is None
+
+
+def test_scores_of_a_class_without_clips_are_missing_and_of_one_never_predicted_0():
     true = np.array([0, 0, 0, 1, 1, 3])  # class 2 has no clips
     predicted = np.array([0, 0, 2, 1, 1, 0])  # class 3 is never predicted
-    precision, recall, f1 = metrics.class_scores(metrics.confusion_matrix(true, predicted, 4))
+    precision, recall, f1, clips = metrics.class_scores(true, predicted, 4)
     np.testing.assert_allclose(precision, [2 / 3, 1, 0, np.nan])
     np.testing.assert_allclose(recall, [2 / 3, 1, np.nan, 0])
     np.testing.assert_allclose(f1, [2 / 3, 1, np.nan, 0])
-    expected = reference.f1_score(true, predicted, labels=[0, 1, 3], average="macro")
-    assert metrics.macro_f1(metrics.confusion_matrix(true, predicted, 4)) == pytest.approx(expected)
+    assert clips.tolist() == [3, 2, 0, 1]
+    assert metrics.macro_f1(true, predicted) == pytest.approx((2 / 3 + 1 + 0) / 3)
 
 
-def test_interval_is_students():
+def test_interval_is_student_t_cut_to_shares():
     low, high = metrics.interval_95([0.70, 0.75, 0.80])  # t(0.975, 2) = 4.302653, standard deviation 0.05
     half = 4.302653 * 0.05 / math.sqrt(3)
     assert (low, high) == (pytest.approx(0.75 - half), pytest.approx(0.75 + half))
-    assert metrics.sample_std([0.70, 0.75, 0.80]) == pytest.approx(0.05)
-
-
-def test_interval_stays_between_0_and_1():
     assert metrics.interval_95([0.1, 0.9]) == [0.0, 1.0]
-
-
-def test_one_fold_has_no_spread():
-    assert metrics.sample_std([0.7]) is None
-    assert metrics.interval_95([0.7]) is None
-
-
-def answers(both, only_a, only_b, neither):
-    parts = np.repeat(
-        [(True, True), (True, False), (False, True), (False, False)], [both, only_a, only_b, neither], axis=0
-    )
-    return parts[:, 0], parts[:, 1]
+    assert metrics.interval_95([0.7]) is None and metrics.sample_std([0.7]) is None
 
 
 def test_paired_test_equals_the_binomial_sum():
-    values = metrics.paired_test(*answers(both=100, only_a=6, only_b=16, neither=8))
-    p = 2 * sum(math.comb(22, k) for k in range(7)) / 2**22
-    assert values["p_value"] == pytest.approx(p)
-    assert p == pytest.approx(0.0525, abs=1e-4)
+    both, only_a, only_b, neither = 100, 6, 16, 8
+    counts = [both, only_a, only_b, neither]
+    right = np.repeat([(True, True), (True, False), (False, True), (False, False)], counts, axis=0)
+    values = metrics.paired_test(right[:, 0], right[:, 1])
+    assert values["p_value"] == pytest.approx(2 * sum(math.comb(22, k) for k in range(7)) / 2**22)
     assert (values["clips"], values["only_a"], values["only_b"]) == (130, 6, 16)
     assert (values["accuracy_a"], values["accuracy_b"]) == (106 / 130, 116 / 130)
+    assert metrics.paired_test(right[:, 0], right[:, 0])["p_value"] == 1.0
 
 
-def test_paired_test_of_equal_answers():
-    assert metrics.paired_test(*answers(both=5, only_a=0, only_b=0, neither=2))["p_value"] == 1.0
+def make_predictions(class_names, rows, recordings=None):
+    """Predictions of one fold; rows: (name, true, predicted, confidence)."""
+    names, true, predicted, confidence = zip(*rows, strict=True)
+    rest = (1 - np.array(confidence)) / (len(class_names) - 1)
+    probabilities = np.tile(rest[:, None], len(class_names))
+    probabilities[np.arange(len(rows)), predicted] = confidence
+    clips = recordings and pd.DataFrame({"fsID": recordings, "fold": 1, "salience": "1"}, index=names)
+    return metrics.Predictions(class_names, [*names], np.zeros(len(rows), int), np.array(true), probabilities, clips)
 
 
-def test_worst_confusions_come_with_the_surest_mistakes():
-    sure = [0.9, 0.6, 0.8, 0.7, 0.75, 0.65, 0.95]  # of clips a ... g; a to f are cats taken for dogs, g a dog for a cat
-    probabilities = np.array([[1 - p, p] for p in sure[:-1]] + [[sure[-1], 1 - sure[-1]]])
-    predictions = metrics.Predictions(
-        class_names=["cat", "dog"],
-        names=list("abcdefg"),
-        folds=np.zeros(7, int),
-        true=np.array([0] * 6 + [1]),
-        probabilities=probabilities,
-        clips={},
-    )
+def test_worst_confusions_name_the_surest_mistakes():
+    rows = [(name, 0, 1, sure) for name, sure in zip("abcdef", [0.9, 0.6, 0.8, 0.7, 0.75, 0.65], strict=True)]
+    predictions = make_predictions(["cat", "dog"], [*rows, ("g", 1, 0, 0.95)])
     worst = metrics.summarise(predictions, {})["worst_confusions"]
     assert worst[0] == {"true": "cat", "predicted": "dog", "clips": 6, "share": 1.0, "examples": list("acedf")}
     assert worst[1] == {"true": "dog", "predicted": "cat", "clips": 1, "share": 1.0, "examples": ["g"]}
 
 
-# --- Confidence --------------------------------------------------------------------------------------------------
-
-
-def sampled_confidence(clips=60_000, seed=0):
-    """Confidences, and answers of which each is right with that probability."""
-    rng = np.random.default_rng(seed)
-    confidence = rng.uniform(0.1, 1, clips)
-    return confidence, rng.random(clips) < confidence
-
-
-def test_calibrated_answers_have_hardly_any_calibration_error():
-    values = metrics.reliability(*sampled_confidence())
-    assert values["ece"] < 0.01
-    assert sum(row["clips"] for row in values["bins"]) == 60_000
-
-
-def test_calibration_error_of_an_overconfident_network_is_the_gap():
-    correct = np.arange(100) < 60
-    assert metrics.reliability(np.full(100, 0.99), correct)["ece"] == pytest.approx(0.39)
-    assert metrics.reliability(np.full(100, 0.21), correct)["ece"] == pytest.approx(0.39)  # underconfident
-    # Two bins of 50 clips: sure and always right, and 30 % sure with 10 right.
-    both = metrics.reliability(np.repeat([1.0, 0.3], 50), np.arange(100) < 60)
-    assert both["ece"] == pytest.approx(0.5 * 0 + 0.5 * abs(10 / 50 - 0.3))
-
-
-def test_bins_take_the_edges_and_rounding_errors():
-    values = metrics.reliability(np.array([0.0, 1 / 15, 1.0, 1.0005]), np.array([True, False, True, True]))
-    filled = {number: row["clips"] for number, row in enumerate(values["bins"]) if row["clips"]}
-    assert filled == {0: 2, 14: 2}
-    assert all(row["accuracy"] is None for row in values["bins"] if not row["clips"])
-
-
-@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 3.0, 20.0])
-def test_temperature_after_the_softmax_is_the_same_as_before_it(temperature):
-    logits = np.random.default_rng(0).normal(0, 3, (50, 10))
-    expected = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
-    expected /= expected.sum(axis=1, keepdims=True)
-    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(metrics.with_temperature(shares, temperature), expected, rtol=1e-9, atol=1e-300)
-
-
-def test_temperature_of_probabilities_that_are_0():
-    np.testing.assert_allclose(metrics.with_temperature(np.array([[0, 0.2, 0.8]]), 2)[0], [0, 1 / 3, 2 / 3])
-
-
-def test_selective_accuracy_leaves_out_the_least_sure():
-    confidence = np.array([0.5, 0.9, 0.3, 0.8, 0.6, 0.7, 0.4, 0.95, 0.2, 0.1])
-    correct = confidence > 0.35
-    rows = {row["share"]: row for row in metrics.selective_accuracy(confidence, correct)}
-    assert (rows[1.0]["accuracy"], rows[0.9]["accuracy"], rows[0.7]["accuracy"]) == (0.7, pytest.approx(7 / 9), 1.0)
-    assert (rows[0.5]["clips"], rows[0.5]["least_confidence"]) == (5, 0.6)
-    assert metrics.selective_accuracy(np.array([0.4]), np.array([True]))[-1]["clips"] == 1
-
-
 def test_recordings_count_once_and_the_worst_come_first():
     """Recording 7 has three clips, two wrong; 8 has one, right; 9 is two sounds, of which one is wrong."""
-    rows = [("7-a", 7, 0, 1), ("7-b", 7, 0, 1), ("7-c", 7, 0, 0), ("8-a", 8, 1, 1), ("9-a", 9, 1, 0), ("9-b", 9, 2, 2)]
-    predictions = metrics.Predictions(
-        class_names=["dog", "car", "gun"],
-        names=[name for name, *_ in rows],
-        folds=np.zeros(6, int),
-        true=np.array([true for _, _, true, _ in rows]),
-        probabilities=np.eye(3)[[guess for *_, guess in rows]],
-        clips={name: {"fsID": str(recording)} for name, recording, *_ in rows},
-    )
+    rows = [("7-a", 0, 1), ("7-b", 0, 1), ("7-c", 0, 0), ("8-a", 1, 1), ("9-a", 1, 0), ("9-b", 2, 2)]
+    recordings = [name[0] for name, _, _ in rows]
+    predictions = make_predictions(["dog", "car", "gun"], [(*row, 0.9) for row in rows], recordings)
     result = metrics.summarise_recordings(predictions)
     assert result["count"] == 4
     assert result["accuracy"] == pytest.approx((1 / 3 + 1 + 0 + 1) / 4)
@@ -159,5 +236,54 @@ def test_recordings_count_once_and_the_worst_come_first():
         {"recording": "7", "class": "dog", "clips": 3, "wrong": 2, "taken_for": "car"},
         {"recording": "9", "class": "car", "clips": 1, "wrong": 1, "taken_for": "dog"},
     ]
-    predictions.clips = {}
-    assert metrics.summarise_recordings(predictions) is None
+
+
+# --- Confidence --------------------------------------------------------------------------------------------------
+
+
+def test_calibration_error_of_calibrated_answers_is_small():
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.1, 1, 60_000)
+    values = metrics.reliability(confidence, rng.random(60_000) < confidence)
+    assert values["ece"] < 0.01 and sum(row["clips"] for row in values["bins"]) == 60_000
+
+
+@pytest.mark.parametrize(("confidence", "error"), [([0.99], 0.39), ([0.21], 0.39), ([1.0, 0.3], 0.5 * (0.3 - 0.2))])
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy(confidence, error):
+    confidence = np.repeat(confidence, 100 // len(confidence))
+    assert metrics.reliability(confidence, np.arange(100) < 60)["ece"] == pytest.approx(error)
+
+
+def test_bins_take_the_edges_and_rounding_errors():
+    values = metrics.reliability(np.array([0.0, 1 / 15, 1.0, 1.0005]), np.array([True, False, True, True]))
+    assert {index: row["clips"] for index, row in enumerate(values["bins"]) if row["clips"]} == {0: 2, 14: 2}
+    assert all(row["accuracy"] is None for row in values["bins"] if not row["clips"])
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
+def test_temperature_after_the_softmax_is_the_same_as_before_it(temperature):
+    logits = np.random.default_rng(0).normal(0, 3, (50, 10))
+    expected = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
+    expected /= expected.sum(axis=1, keepdims=True)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(metrics.with_temperature(shares, temperature), expected, rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(metrics.with_temperature(np.array([[0, 0.2, 0.8]]), 2)[0], [0, 1 / 3, 2 / 3])
+
+
+def test_confidence_after_exists_only_if_every_fold_has_a_temperature(tmp_path):
+    folder = write_run(tmp_path, temperatures={"0": 2.0, "1": 0.5, "2": 1.0})
+    values = metrics.read_results(folder)["confidence"]
+    assert [row["temperature"] for row in values["per_fold"]] == [2.0, 0.5, 1.0]
+    same = values["per_fold"][2]
+    assert same["ece_after"] == pytest.approx(same["ece_before"]) and values["before"]["ece"] != values["after"]["ece"]
+    assert values["after"]["answered"][0]["accuracy"] == values["before"]["answered"][0]["accuracy"]
+    write_run(tmp_path, temperatures={"0": 2.0, "1": 0.5})
+    values = metrics.read_results(folder)["confidence"]
+    assert values["after"] is None and values["per_fold"][2]["ece_after"] is None
+
+
+def test_selective_accuracy_omits_the_least_sure():
+    confidence = np.array([0.5, 0.9, 0.3, 0.8, 0.6, 0.7, 0.4, 0.95, 0.2, 0.1])
+    rows = {row["share"]: row for row in metrics.selective_accuracy(confidence, confidence > 0.35)}
+    assert (rows[1.0]["accuracy"], rows[0.9]["accuracy"], rows[0.7]["accuracy"]) == (0.7, pytest.approx(7 / 9), 1.0)
+    assert (rows[0.5]["clips"], rows[0.5]["least_confidence"]) == (5, 0.6)
