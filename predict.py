@@ -35,12 +35,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import audio_reader
+import audio as audio_file
 import batches
 import calibration
-import front_end
 import utils
-from audio_settings import AudioSettings
+from audio import AudioSettings
 from model import find_model, folds_in, load_model
 from reports import answers, known_clips
 from reports.answers import Answer
@@ -150,7 +149,7 @@ def window_logits(models, windows):
     windows: list of B arrays of mono samples at the models' rate, up to a clip long; models: [(network, info)].
     """
     audio = AudioSettings(**models[0][1]["audio"])
-    features = np.stack([front_end.clip_features(window, audio) for window in windows])
+    features = np.stack([audio_file.clip_features(window, audio) for window in windows])
     logits = []
     for network, info in models:
         inputs = batches.normalise(torch.from_numpy(features), batches.statistics_of(info))  # (B, 1, rows, frames)
@@ -169,7 +168,7 @@ def classify(blocks, models, window_seconds=None, hop_seconds=None, raw=False, w
     audio = AudioSettings(**infos[0]["audio"])
     length, hop = window_samples(audio, window_seconds, hop_seconds)
     starts, ends, rows, scores = [], [], [], []
-    for group in grouped(audio_reader.windows(blocks, length, hop), WINDOWS_AT_ONCE):
+    for group in grouped(audio_file.windows(blocks, length, hop), WINDOWS_AT_ONCE):
         logits, features = window_logits(models, [window for _, window in group])
         scaled = [calibration.probabilities(each, info, raw) for each, info in zip(logits, infos, strict=True)]
         distributions = torch.stack(scaled).mean(dim=0).numpy()  # (B, classes)
@@ -240,8 +239,8 @@ def opened(recording):
 def answer_to(path, models, args, watchers):
     """Return the Answer to one recording, with what there is to say about it. A bar shows a long one's seconds."""
     audio = AudioSettings(**models[0][1]["audio"])
-    blocks = audio_reader.stream_audio(path, audio.sample_rate)
-    seconds = audio_reader.duration(path) or 0
+    blocks = audio_file.stream_audio(path, audio.sample_rate)
+    seconds = audio_file.duration(path) or 0
     with tqdm(total=round(seconds), desc=path.name, unit="s", leave=False, disable=None, delay=1) as bar:
         watchers = [*watchers, lambda start, *_: bar.update(round(start / audio.sample_rate) - bar.n)]
         try:

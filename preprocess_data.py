@@ -23,10 +23,9 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-import audio_reader
+import audio as audio_file
 import config
 import data_loader
-import front_end
 import utils
 from services import hub
 from utils import UserError
@@ -95,7 +94,7 @@ def clip_key(clip):
 def process_clip(path, audio):
     """Return (features, None) of one clip, or (None, the reason) if it can't be read."""
     try:
-        return front_end.clip_features(audio_reader.read_audio(path, audio.sample_rate), audio), None
+        return audio_file.clip_features(audio_file.read_audio(path, audio.sample_rate), audio), None
     except UserError as error:
         return None, str(error)
 

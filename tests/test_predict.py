@@ -16,10 +16,9 @@ import soundfile
 import torch
 from conftest import REPOSITORY
 
-import audio_reader
+import audio as audio_file
 import batches
 import data_loader
-import front_end
 import model
 import predict
 import utils
@@ -183,7 +182,7 @@ def test_features_are_those_of_training_bit_for_bit(assets, miniature, loaded):
     for clip, stored in zip(data.clips, data.features, strict=True):
         path = miniature / "audio" / f"fold{clip['fold']}" / clip["slice_file_name"]
         rates.add(soundfile.info(path).samplerate)
-        predict.predict(recorder, info, audio_reader.read_audio(path, RATE))
+        predict.predict(recorder, info, audio_file.read_audio(path, RATE))
         assert recorder.inputs.shape == (1, *data.audio.shape)
         assert np.array_equal(recorder.inputs[0], stored.astype(np.float32)), path.name
     assert len(rates) > 3
@@ -194,7 +193,7 @@ def test_normalisation_is_that_of_training(loaded):
     recorder = Recorder()
     samples = sound(4).astype(np.float32)
     predict.predict(recorder, info, samples)
-    features = front_end.clip_features(samples, data_loader.AudioSettings(**info["audio"]))
+    features = audio_file.clip_features(samples, data_loader.AudioSettings(**info["audio"]))
     statistics = [torch.tensor(info[name]) for name in ("band_mean", "band_deviation")]
     expected = batches.normalise(torch.from_numpy(features)[None], statistics)[:, 0].numpy()
     assert np.array_equal(recorder.inputs, expected)
@@ -514,7 +513,7 @@ def test_pictures(folder, assets, scripts, tmp_path):
 def test_sketch_follows_the_whole_recording_whatever_the_windows(loaded):
     samples = sound(11.3).astype(np.float32)
     audio = data_loader.AudioSettings(**loaded[1]["audio"])
-    whole = front_end.log_mel(samples, audio)
+    whole = audio_file.log_mel(samples, audio)
     for window, hop in ((None, None), (1.0, 0.3), (4.0, 4.0)):
         sketch = plot_recording.Sketch(audio)
         predict.classify([samples], [loaded], window, hop, watch=sketch.add)

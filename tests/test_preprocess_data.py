@@ -17,9 +17,8 @@ import pytest
 import soundfile
 from conftest import REPOSITORY
 
-import audio_reader
+import audio as audio_file
 import data_loader
-import front_end
 import preprocess_data
 import utils
 from utils import UserError
@@ -185,8 +184,8 @@ def test_labels_are_the_tables_whatever_the_order_of_the_files(dataset, preproce
     assert data.labels.tolist() == [row["classID"] for row in rows]
     assert list(data.class_names) == sorted(data.class_names)
     for row, features in zip(rows, data.features, strict=True):
-        samples = audio_reader.read_audio(clip_path(folder, row), audio.sample_rate)
-        assert np.array_equal(features, front_end.clip_features(samples, audio))
+        samples = audio_file.read_audio(clip_path(folder, row), audio.sample_rate)
+        assert np.array_equal(features, audio_file.clip_features(samples, audio))
 
 
 # --- Running it again --------------------------------------------------------------------------------------------

@@ -1,25 +1,204 @@
-"""audio_reader.py: any format, rate and channel count; every fault named; streaming equals reading whole."""
+"""audio.py: settings that can't be; any format, rate and channel count; streaming; librosa's numbers."""
 
+import dataclasses
 import os
 import random
+import subprocess
 import sys
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import REPOSITORY
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_front_end import sounds
 
-import audio_reader
-import front_end
-from audio_reader import read_audio
-from data_loader import AudioSettings
+import audio as audio_file
+from audio import AudioSettings, read_audio
 from utils import UserError
 
 AUDIO = AudioSettings()
 RATE = AUDIO.sample_rate
+
+# --- Settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("sample_rate", value) for value in (0, -1, 22_050.5, "22050", None, float("nan"), 10**9)),
+        *(("clip_seconds", value) for value in (0, -4.0, float("inf"), float("nan"), "4", 1e9)),
+        *(("n_fft", value) for value in (0, 1, 2047, 2048.0, 2**31)),
+        *(("hop_length", value) for value in (0, -512, 2**31)),
+        *(("n_mels", value) for value in (0, 2**31, [128])),
+        *(("top_db", value) for value in (-1, float("nan"), None)),
+        *(("short_clips", value) for value in ("silent", "", None, 1)),
+        *(("feature_dtype", value) for value in ("float8", "object", None)),
+        *(("f_min", value) for value in (-1, 11_025.0, float("nan"))),
+        *(("f_max", value) for value in (0, 1e9)),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(name, value):
+    with pytest.raises(UserError, match=rf"audio setting.* {name} is"):
+        dataclasses.replace(AUDIO, **{name: value})
+
+
+def test_settings_that_make_sense_one_by_one_and_not_together():
+    with pytest.raises(UserError, match="frames of 32768 samples"):
+        AudioSettings(sample_rate=768_000, clip_seconds=600, n_fft=32_768, hop_length=2)
+    with pytest.raises(UserError, match="frames of 32768 samples"):
+        AudioSettings(sample_rate=768_000, clip_seconds=30, fine_n_fft=32_768, fine_frames=64, hop_length=512)
+    with pytest.raises(UserError, match="hop_length is 512: it must be a multiple of fine_frames, 3"):
+        AudioSettings(fine_frames=3)
+    with pytest.raises(UserError, match="fine_n_fft is 511: it must be even"):
+        AudioSettings(fine_n_fft=511)
+
+
+# --- Samples to log-mel ------------------------------------------------------------------------------------------
+
+OTHER_SETTINGS = [
+    AUDIO,
+    AudioSettings(16_000, 1.0, 512, 160, 40, 2, 256, 20, 50.0, 7000.0, 60.0),
+    AudioSettings(44_100, 2.5, 1024, 441, 64, 3, 512, 32, 20.0, 16_000.0, 100.0),
+    AudioSettings(8_000, 0.5, 330, 100, 13, 1, 90, 7, 0.0, 4000.0, 80.0),  # no power of two
+]
+
+
+def sounds(n, rate):
+    """{name: samples (n,) float32} of unlike kinds."""
+    rng = np.random.default_rng(0)
+    time = np.arange(n) / rate
+    tone = 0.5 * np.sin(2 * np.pi * 440 * time)
+    return {
+        name: samples.astype(np.float32)
+        for name, samples in {
+            "noise": rng.uniform(-1, 1, n),
+            "tone": tone,
+            "sweep": np.sin(2 * np.pi * (50 + 1000 * time) * time),
+            "faint": 1e-4 * tone,
+            "click": np.eye(1, n, n // 3)[0],
+            "silence": np.zeros(n),
+            "DC": np.full(n, 0.7),
+            "clipped": np.clip(5 * tone, -1, 1),
+            "sound, then silence": tone * (time < 0.1),
+        }.items()
+    }
+
+
+@pytest.mark.parametrize("audio", OTHER_SETTINGS)
+def test_mel_filters_are_librosas(audio):
+    import librosa
+
+    expected = librosa.filters.mel(
+        sr=audio.sample_rate, n_fft=audio.n_fft, n_mels=audio.n_mels, fmin=audio.f_min, fmax=audio.f_max
+    )
+    filters = audio_file.mel_filters(audio)
+    assert filters.shape == (1 + audio.n_fft // 2, audio.n_mels)
+    np.testing.assert_allclose(filters, expected.T, rtol=1e-5, atol=1e-9)
+
+
+def test_mel_scale_is_librosas_and_its_inverse():
+    import librosa
+
+    frequencies = np.concatenate([np.linspace(0, 1100, 23), np.geomspace(1000, 40_000, 20)])
+    np.testing.assert_allclose(audio_file.hz_to_mel(frequencies), librosa.hz_to_mel(frequencies), rtol=1e-12)
+    np.testing.assert_allclose(audio_file.mel_to_hz(audio_file.hz_to_mel(frequencies)), frequencies, rtol=1e-12)
+
+
+@pytest.mark.parametrize("audio", OTHER_SETTINGS)
+def test_log_mel_is_librosas_to_a_hundredth_of_a_decibel(audio):
+    import librosa
+
+    for n in (audio.clip_samples, audio.clip_samples // 7, audio.hop_length, 1):
+        for name, samples in sounds(n, audio.sample_rate).items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # librosa warns of clips shorter than a frame
+                power = librosa.feature.melspectrogram(
+                    y=samples,
+                    sr=audio.sample_rate,
+                    n_fft=audio.n_fft,
+                    hop_length=audio.hop_length,
+                    n_mels=audio.n_mels,
+                    fmin=audio.f_min,
+                    fmax=audio.f_max,
+                    pad_mode="constant",
+                )
+            expected = librosa.power_to_db(power, top_db=audio.top_db)
+            decibels = audio_file.log_mel(samples, audio)
+            assert decibels.shape == expected.shape == (audio.n_mels, 1 + n // audio.hop_length)
+            assert decibels.dtype == np.float32
+            assert np.abs(decibels - expected).max() < 0.01, f"{name}, {n} samples"
+
+
+PRINT_FEATURES = """
+import hashlib, numpy, audio
+noise = numpy.random.default_rng(0).uniform(-1, 1, (8, 88_200)).astype(numpy.float32)
+settings = audio.AudioSettings()
+print(hashlib.sha256(b"".join(audio.log_mel(clip, settings).tobytes() for clip in noise)).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("kernels", [None, "Haswell", "Nehalem"])  # of OpenBLAS: the processor's own, and older ones
+def test_features_do_not_hang_on_the_number_of_threads(kernels):
+    outputs = set()
+    for threads in (1, 2, 4):
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads)}
+        if kernels:
+            environment["OPENBLAS_CORETYPE"] = kernels
+        command = [sys.executable, "-c", PRINT_FEATURES]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
+
+
+def test_shapes_of_the_defaults():
+    assert (AUDIO.clip_samples, AUDIO.n_frames, AUDIO.shape) == (88_200, 173, (192, 173))
+    features = audio_file.clip_features(sounds(20_000, RATE)["noise"], AUDIO)
+    assert (features.shape, features.dtype) == ((192, 173), np.float16)
+
+
+@pytest.mark.parametrize(
+    "fine_frames, hop_length, n", [(2, 512, 88_200), (4, 512, 88_575), (1, 500, 88_000), (3, 300, 700)]
+)
+def test_rows_are_the_log_mel_and_the_bands_of_each_fine_frame(fine_frames, hop_length, n):
+    audio = dataclasses.replace(AUDIO, fine_frames=fine_frames, hop_length=hop_length, clip_seconds=n / RATE)
+    samples = sounds(n, RATE)["noise"]
+    features = audio_file.clip_features(samples, dataclasses.replace(audio, feature_dtype="float32"))
+    assert features.shape == audio.shape == (128 + 32 * fine_frames, 1 + n // hop_length)
+    assert np.array_equal(features[:128], audio_file.log_mel(samples, audio))
+    silence = np.pad(samples, (0, hop_length))  # after the clip's end
+    fine = audio_file.log_mel(silence, dataclasses.replace(audio.fine, hop_length=hop_length // fine_frames))
+    for frame in range(audio.n_frames):
+        for part in range(fine_frames):
+            rows = slice(128 + 32 * part, 128 + 32 * (part + 1))
+            assert np.allclose(features[rows, frame], fine[:, frame * fine_frames + part], atol=1e-4)
+
+
+def test_fine_frames_tell_clicks_apart_that_frames_do_not():
+    samples = np.zeros(AUDIO.clip_samples, np.float32)
+    samples[::512] = 1.0  # 43 a second
+    features = audio_file.clip_features(samples, AUDIO)[:, 20:-20].astype(np.float32)
+    ripple = {"log-mel": features[:128].std(axis=1).max(), "fine": np.abs(features[128:160] - features[160:]).min()}
+    assert ripple["log-mel"] < 0.1 and ripple["fine"] > 20  # dB
+
+
+def test_short_clips_are_repeated_or_padded():
+    silence = dataclasses.replace(AUDIO, short_clips="silence")
+    samples = np.arange(1, 30_001, dtype=np.float32)
+    repeated, padded = audio_file.fit_clip(samples, AUDIO), audio_file.fit_clip(samples, silence)
+    assert repeated.shape == padded.shape == (88_200,)
+    assert np.array_equal(repeated, np.tile(samples, 3)[:88_200])
+    assert np.array_equal(padded[:30_000], samples) and not padded[30_000:].any()
+    for audio in (AUDIO, silence):
+        longer = np.arange(100_000, dtype=np.float32)
+        assert np.array_equal(audio_file.fit_clip(longer, audio), longer[:88_200])
+        assert np.array_equal(audio_file.fit_clip(longer[:88_200], audio), longer[:88_200])
+
+
+# --- Recordings --------------------------------------------------------------------------------------------------
 
 EXACT = {"PCM_S8": 2**-7, "PCM_U8": 2**-7, "PCM_16": 2**-15, "PCM_24": 2**-23, "PCM_32": 2**-24}  # one step
 EXACT |= {"FLOAT": 1e-7, "DOUBLE": 1e-7, "ULAW": 0.04, "ALAW": 0.04, "IMA_ADPCM": 0.05, "MS_ADPCM": 0.05}
@@ -81,14 +260,14 @@ def test_very_short_recordings(tmp_path, n, file_rate):
         with pytest.raises(UserError, match=r"a\.wav is too short: no sample is left at 22050 Hz"):
             read_audio(path, RATE)
     else:
-        features = front_end.clip_features(read_audio(path, RATE), AUDIO)
+        features = audio_file.clip_features(read_audio(path, RATE), AUDIO)
         assert features.shape == AUDIO.shape and np.isfinite(features).all()
 
 
 def test_the_loudest_and_the_silent(tmp_path):
     for level in (0.0, 1e-30, 32_768.0, 2.0**31, 9e11):
         path = write(tmp_path / "a.wav", np.full((5000, 2), level), subtype="FLOAT")
-        features = front_end.clip_features(read_audio(path, RATE), AUDIO)
+        features = audio_file.clip_features(read_audio(path, RATE), AUDIO)
         assert np.isfinite(features).all()
 
 
@@ -192,7 +371,7 @@ def test_features_of_any_file_are_numbers(tmp_path, form, rate, channels, values
     samples = np.resize(np.array(values or [0], np.float64), (len(values) * times, channels))
     path = write(tmp_path / "a.wav", samples, rate, format=form[0], subtype=form[1])
     try:
-        features = front_end.clip_features(read_audio(path, RATE), AUDIO)
+        features = audio_file.clip_features(read_audio(path, RATE), AUDIO)
     except UserError as error:
         assert "a.wav" in str(error)
         return
@@ -214,7 +393,7 @@ def test_damaged_files_give_numbers_or_a_line(tmp_path):
         path = tmp_path / name
         path.write_bytes(data)
         try:
-            features = front_end.clip_features(read_audio(path, RATE), AUDIO)
+            features = audio_file.clip_features(read_audio(path, RATE), AUDIO)
         except UserError as error:
             assert name in str(error)
         else:
@@ -236,7 +415,7 @@ def test_16_bit_samples_are_what_libsndfile_makes_of_them(tmp_path, channels):
 @pytest.mark.parametrize("seconds", [0.01, 1, 4])
 def test_a_stream_of_one_block_is_the_whole_to_the_bit(tmp_path, file_rate, seconds):
     path = write(tmp_path / "a.wav", sounds(round(seconds * file_rate), file_rate)["noise"], file_rate)
-    (block,) = audio_reader.stream_audio(path, RATE)
+    (block,) = audio_file.stream_audio(path, RATE)
     assert np.array_equal(block, read_audio(path, RATE))
 
 
@@ -246,8 +425,8 @@ def test_a_stream_of_many_blocks_is_the_whole_to_rounding(tmp_path, monkeypatch,
     sound = 0.5 * sounds(3 * file_rate, file_rate)["noise"]
     path = write(tmp_path / f"a.{file_format.lower()}", np.stack([sound, -sound / 2], 1), file_rate, format=file_format)
     whole = read_audio(path, RATE)
-    monkeypatch.setattr(audio_reader, "BLOCK_SAMPLES", 10_007)
-    blocks = list(audio_reader.stream_audio(path, RATE))
+    monkeypatch.setattr(audio_file, "BLOCK_SAMPLES", 10_007)
+    blocks = list(audio_file.stream_audio(path, RATE))
     assert len(blocks) > 6
     streamed = np.concatenate(blocks)
     assert len(streamed) == len(whole)
@@ -262,7 +441,7 @@ def test_a_long_recording_is_streamed_in_bounded_memory(tmp_path):
         for _ in range(60 * minutes):
             file.write(second)
     tracemalloc.start()
-    n = sum(len(block) for block in audio_reader.stream_audio(path, RATE))
+    n = sum(len(block) for block in audio_file.stream_audio(path, RATE))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n == 60 * minutes * RATE
@@ -281,7 +460,7 @@ def test_a_stream_names_what_is_wrong(tmp_path):
     ):
         make(tmp_path / name)
         with pytest.raises(UserError, match=named) as caught:
-            list(audio_reader.stream_audio(tmp_path / name, RATE))
+            list(audio_file.stream_audio(tmp_path / name, RATE))
         assert name in str(caught.value)
 
 
@@ -291,14 +470,14 @@ def test_a_stream_names_what_is_wrong(tmp_path):
 def test_windows_hold_every_sound_once_in_its_place(n, hop, block):
     sound = np.arange(n, dtype=np.float32)
     blocks = [sound[start : start + block] for start in range(0, n, block)]
-    found = list(audio_reader.windows(blocks, 100, hop))
+    found = list(audio_file.windows(blocks, 100, hop))
     for start, window in found:
         assert np.array_equal(window, sound[start : start + 100])
     starts = [start for start, _ in found]
     assert starts[:-1] == [hop * number for number in range(len(starts) - 1)]
     assert {len(window) for _, window in found} == {min(n, 100)}
     end = starts[-1] + min(n, 100)
-    assert n - audio_reader.LEAST_TAIL * hop <= end <= n
+    assert n - audio_file.LEAST_TAIL * hop <= end <= n
     assert len(set(starts)) == len(starts)
 
 
@@ -334,8 +513,8 @@ def test_the_sound_of_a_video_if_ffmpeg_is_there(ffmpeg, tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"VIDEO" + samples.tobytes())
     expected = read_audio(write(tmp_path / "a.wav", samples.astype(np.int16), 44_100, subtype="PCM_16"), RATE)
     assert np.array_equal(read_audio(tmp_path / "a.mp4", RATE), expected)
-    monkeypatch.setattr(audio_reader, "BLOCK_SAMPLES", 20_000)
-    streamed = np.concatenate(list(audio_reader.stream_audio(tmp_path / "a.mp4", RATE)))
+    monkeypatch.setattr(audio_file, "BLOCK_SAMPLES", 20_000)
+    streamed = np.concatenate(list(audio_file.stream_audio(tmp_path / "a.mp4", RATE)))
     assert np.abs(streamed - expected).max() < 1e-6
 
 
@@ -351,7 +530,7 @@ def test_what_ffmpeg_can_not_decode_either(ffmpeg, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="the stand-in is a script for POSIX systems")
 def test_ffmpeg_ends_with_who_stops_listening(ffmpeg, tmp_path, monkeypatch):
-    monkeypatch.setattr(audio_reader, "BLOCK_SAMPLES", 1000)
+    monkeypatch.setattr(audio_file, "BLOCK_SAMPLES", 1000)
     (tmp_path / "a.mp4").write_bytes(b"VIDEO" + bytes(4 * 10**6))
-    with audio_reader.open_audio(tmp_path / "a.mp4") as (rate, blocks):
+    with audio_file.open_audio(tmp_path / "a.mp4") as (rate, blocks):
         assert rate == 44_100 and len(next(blocks)) == 1000
