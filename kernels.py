@@ -33,7 +33,7 @@ def fits(block, x):
     """
     kinds = nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU, nn.Dropout
     modules = list(block)
-    if [type(module) for module in modules] != list(kinds) or not modules[1].affine or has_hooks(block):
+    if [type(module) for module in modules] != list(kinds) or not modules[1].affine or any(map(is_changed, block)):
         return False
     convolution, norm, pool, _, dropout = modules
     size = pool.kernel_size
@@ -52,8 +52,10 @@ def fits(block, x):
     )
 
 
-def has_hooks(block):
-    return any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in block)
+def is_changed(module):
+    """Return whether a module has hooks, or a forward that is not its type's."""
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
 
 
 def fast_block(block, x):
@@ -150,12 +152,25 @@ def floats(*rows):
 
 
 def compiled(function):
-    """Compile a loop, and keep it in a file for the next process where there is a folder to write to."""
+    """Compile a loop, and keep it in a file for the next process where there is a folder to write to.
+
+    Where that file is damaged or the disk is full, the loop is compiled for this process alone.
+    """
     compile_it = functools.partial(numba.njit, nogil=True, fastmath={"contract"}, error_model="numpy")
     try:
-        return compile_it(cache=True)(function)
+        loop = compile_it(cache=True)(function)
     except RuntimeError:  # "no locator available": neither __pycache__ nor the user's own cache can be written
         return compile_it()(function)
+
+    def call(*arguments):
+        nonlocal loop
+        try:
+            return loop(*arguments)
+        except Exception:  # reading or writing the file, before the loop runs, may raise anything
+            loop = compile_it()(function)
+            return loop(*arguments)
+
+    return call
 
 
 def to_float(number):
