@@ -37,12 +37,14 @@ def read_clip_table(path):
     if not path.is_file():
         raise UserError(f"no metadata at {path}: run python download_data.py, or name the data set's folder")
     try:
-        clips = pd.read_csv(path, dtype=str, encoding="utf-8-sig", keep_default_na=False, index_col=False)
+        options = {"keep_default_na": False, "index_col": False, "skip_blank_lines": False}  # so that lines count
+        clips = pd.read_csv(path, dtype=str, encoding="utf-8-sig", **options)
     except (ValueError, pd.errors.ParserError) as error:
         reason = utils.one_line(error)
         raise UserError(f"{path} is not a table of comma-separated values in UTF-8 ({reason}): get it again") from error
     if missing := [column for column in CLIP_COLUMNS if column not in clips]:
         raise UserError(f"{path} lacks the column {', '.join(missing)}: it must have {', '.join(CLIP_COLUMNS)}")
+    clips = clips[(clips != "").any(axis=1)]  # without blank lines
     if clips.empty:
         raise UserError(f"{path} lists no clips: get it again")
     clips = clips.astype(dict.fromkeys(CLIP_COLUMNS, object))
@@ -58,14 +60,14 @@ def read_clip_table(path):
     check_rows(path, clips["class"], clips["class"] == first_name, "has a classID that has a different class above")
     if clips.groupby("class")["classID"].nunique().max() > 1:
         raise UserError(f"{path}: one class name has several classIDs: {class_mapping(clips)}")
-    return clips
+    return clips.reset_index(drop=True)
 
 
 def check_rows(path, column, is_right, fault):
     """Raise a UserError that names the first row of a column that is not right, with its line in the file."""
     if not is_right.all():
-        row = int(np.argmin(is_right.to_numpy(dtype=bool)))
-        value = utils.one_line(column.iloc[row])
+        row = is_right.index[~is_right.astype(bool)][0]  # 0 is the line below the header
+        value = utils.one_line(column[row])
         raise UserError(f"{path}, line {row + 2}: {column.name} {value!r} {fault}: correct the table")
 
 
