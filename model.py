@@ -259,7 +259,7 @@ def load_model(path, device="cpu"):
 
 def check_info(path, info):
     """Return the AudioSettings in a model file's metadata. UserError names what is missing or can't be right."""
-    if "band_mean" in info or "fine_frames" in (info.get("audio") or {}):
+    if "band_mean" in info:  # a buffer of the network by now
         raise UserError(f"{path} is of an earlier version of this project: run python train.py --fresh")
     if missing := [key for key, kind in INFO_KINDS.items() if not isinstance(info.get(key), kind)]:
         raise UserError(f"{path} is not a model of this project: its metadata lacks {', '.join(missing)}")
