@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import warnings
 import zlib
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def read_clip_table(path):
         raise UserError(f"no metadata at {path}: run python download_data.py, or name the data set's folder")
     try:
         options = {"keep_default_na": False, "index_col": False, "skip_blank_lines": False}  # so that lines count
-        clips = pd.read_csv(path, dtype=str, encoding="utf-8-sig", **options)
-    except (ValueError, pd.errors.ParserError) as error:
+        with warnings.catch_warnings(action="error"):  # of a first row with more columns than the header
+            clips = pd.read_csv(path, dtype=str, encoding="utf-8-sig", **options)
+    except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
         reason = utils.one_line(error)
         raise UserError(f"{path} is not a table of comma-separated values in UTF-8 ({reason}): get it again") from error
     if missing := [column for column in CLIP_COLUMNS if column not in clips]:
