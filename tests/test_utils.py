@@ -1,4 +1,4 @@
-"""Shared ground: exit statuses, flags, files that are old or new and never half, seeds."""
+"""What every stage needs: exit statuses, flags, files that are old or new and never half, locks, seeds."""
 
 import argparse
 import json
@@ -37,20 +37,20 @@ def start(code, *arguments):
 # --- Exit statuses -----------------------------------------------------------------------------------------------
 
 
-def test_good_end_and_user_error():
+def test_good_end_is_0_and_user_error_one_line():
     done = run("utils.run(lambda: print('well'))")
     assert (done.returncode, done.stdout, done.stderr) == (0, "well\n", "")
     done = run("def main(): raise utils.UserError('no clip here: bring one')\nutils.run(main)")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: no clip here: bring one\n")
 
 
-def test_a_fault_of_our_own_keeps_its_traceback():
+def test_fault_of_our_own_keeps_its_traceback():
     done = run("utils.run(lambda: 1 / 0)")
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
 
 
-def test_ctrl_c():
+def test_ctrl_c_ends_in_one_line():
     hear = "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a background job does not by itself
     process = start(hear + "def main(): print('ready'); time.sleep(60)\nutils.run(main)")
     assert process.stdout.readline() == "ready\n"
@@ -60,7 +60,7 @@ def test_ctrl_c():
     assert errors == "\nStopped by Ctrl-C.\n"
 
 
-def test_reader_that_goes_away():
+def test_reader_that_goes_away_ends_it_quietly():
     process = start("def main():\n  while True: print('x' * 1000)\nutils.run(main)")
     process.stdout.readline()
     process.stdout.close()
@@ -70,7 +70,7 @@ def test_reader_that_goes_away():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux' /dev/full")
-def test_output_to_a_full_disk():
+def test_output_to_a_full_disk_says_what_to_do():
     with open("/dev/full", "w") as full:
         done = run("utils.run(lambda: print('x'))", capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2
@@ -78,63 +78,59 @@ def test_output_to_a_full_disk():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell closes the output")
-def test_output_that_is_closed(tmp_path):
+def test_closed_output_is_no_error(tmp_path):
     code = "def main(): print('x'); sys.stderr.write('y'); open(sys.argv[1], 'w').write('done')\nutils.run(main)"
     done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command(code, tmp_path / "a")], cwd=REPOSITORY)
     assert done.returncode == 0
     assert (tmp_path / "a").read_text() == "done"
 
 
-def test_terminal_without_unicode():
+def test_terminal_without_unicode_shows_a_question_mark():
     done = run("utils.run(lambda: print('█ 50 %'))", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout) == (0, "? 50 %\n")
 
 
-# --- Flags -------------------------------------------------------------------------------------------------------
+# --- Flags and texts ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "text, folds",
-    [
-        ("0", [0]),
-        ("0,3-5", [0, 3, 4, 5]),
-        ("9,0", [0, 9]),
-        ("3-5,4-6", [3, 4, 5, 6]),
-        (" 1 , 2 - 3 ", [1, 2, 3]),
-        ("0-9", list(range(10))),
-        ("4-4,4", [4]),
-    ],
+    ("text", "folds"),
+    [("0", [0]), ("0,3-5", [0, 3, 4, 5]), ("9,3-5,4-6", [3, 4, 5, 6, 9]), (" 1 , 2 - 3 ", [1, 2, 3]), ("4-4,4", [4])],
 )
-def test_folds(text, folds):
+def test_folds_are_parsed(text, folds):
     assert utils.parse_folds(text) == folds
 
 
-@pytest.mark.parametrize("text", ["", "10", "-1", "5-3", "1,,2", "a", "1-", "-", "1.0", "0x1", "1;2", "0 1", "0-10"])
-def test_folds_that_are_none(text):
+@pytest.mark.parametrize("text", ["", "10", "-1", "5-3", "1,,2", "a", "1-", "1.0", "1;2", "0 1", "0-10"])
+def test_text_that_is_no_folds_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"is not a fold; folds are 0 to 9, as in 0,3-5"):
         utils.parse_folds(text)
 
 
-def test_positive_numbers():
+def test_positive_numbers_are_parsed():
     assert [utils.positive_int(text) for text in ("1", " 32 ", "007")] == [1, 32, 7]
     assert [utils.positive_float(text) for text in ("1", "3e-3", ".5", "1e300")] == [1, 0.003, 0.5, 1e300]
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "two", "1e3", "²", "½", "0x10", "1_0", "9" * 5000])
-def test_whole_numbers_that_are_none(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number of at least 1"):
-        utils.positive_int(text)
+@pytest.mark.parametrize(
+    ("parse", "texts", "named"),
+    [
+        (
+            utils.positive_int,
+            ["0", "-1", "1.5", "", "two", "1e3", "²", "1_0", "9" * 5000],
+            "a whole number of at least 1",
+        ),
+        (utils.positive_float, ["0", "-0.1", "", "fast", "nan", "inf", "1e999", "1,5"], "a number above 0"),
+    ],
+)
+def test_text_that_is_no_positive_number_is_refused(parse, texts, named):
+    for text in texts:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"is not {named}"):
+            parse(text)
 
 
-@pytest.mark.parametrize("text", ["0", "-0.1", "", "fast", "nan", "inf", "-inf", "1e999", "1,5"])
-def test_numbers_that_are_none(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is not a number above 0"):
-        utils.positive_float(text)
-
-
-def test_folder():
-    assert utils.folder(None, "/assets", "data") == Path("/assets/data")
-    assert utils.folder("", "/assets", "data") == Path("/assets/data")
+def test_folder_is_the_flags_or_below_the_assets():
+    assert utils.folder(None, "/assets", "data") == utils.folder("", "/assets", "data") == Path("/assets/data")
     assert utils.folder("here", "/assets", "data") == Path("here")
     assert utils.folder(None, "/assets", "/elsewhere") == Path("/elsewhere")  # an absolute ..._DIR of config.py
 
@@ -147,6 +143,13 @@ def test_flags_are_not_abbreviated(capsys):
         parser.parse_args(["--assets", "a"])
     assert exit.value.code == 2
     assert "--assets" in capsys.readouterr().err
+
+
+def test_one_line_makes_untrusted_text_printable():
+    assert utils.one_line("a\n b\t\x1b[2J\u202e") == "a b ?[2J?"
+    assert utils.one_line({"a": 1}) == "{'a': 1}"
+    assert utils.one_line("x" * 10**6) == "x" * 199 + "…"
+    assert utils.one_line("x " * 50, longest=10) == "x x x x x…"
 
 
 # --- Files: old or new, never half -------------------------------------------------------------------------------
@@ -194,7 +197,7 @@ if moment == "written": die()
 
 
 @pytest.mark.parametrize("moment", ["opened", "half", "before the rename", "written"])
-def test_killed_at_a_moment(tmp_path, moment):
+def test_kill_at_each_moment_leaves_old_or_new(tmp_path, moment):
     path = tmp_path / "a"
     path.write_bytes(b"old")
     assert run(KILLED_AT, path, moment).returncode == -signal.SIGKILL
@@ -215,7 +218,7 @@ while True:
 """
 
 
-def test_killed_at_random_moments(tmp_path):
+def test_kill_at_random_moments_leaves_old_or_new(tmp_path):
     path, rng, halves = tmp_path / "a", random.Random(0), 0
     for _ in range(8):
         process = start(WRITE_ON_AND_ON, path)
@@ -230,7 +233,7 @@ def test_killed_at_random_moments(tmp_path):
     assert halves > 0  # some kills did come in mid-write
 
 
-def test_json_round_trip(tmp_path):
+def test_json_comes_back_as_saved(tmp_path):
     value = {"a": [1, 2.5, None, True, "犬"], "b": {"c": -1}}
     utils.save_json(tmp_path / "a.json", value)
     assert utils.load_json(tmp_path / "a.json") == value
@@ -253,19 +256,87 @@ def test_broken_json_is_named(tmp_path, content):
         utils.load_json(tmp_path / "state.json")
 
 
-def test_json_that_is_not_there(tmp_path):
+def test_missing_json_is_named(tmp_path):
     with pytest.raises(UserError, match=r"can't read .*none\.json: No such file"):
         utils.load_json(tmp_path / "none.json")
 
 
-def test_lock_with_rubbish_in_it(tmp_path):
-    (tmp_path / ".lock").write_bytes(b"\xff\xfe\x00")
+# --- Locks -------------------------------------------------------------------------------------------------------
+
+HOLD = """
+from pathlib import Path
+with utils.try_lock(Path(sys.argv[1]) / ".lock") as is_ours: print(is_ours, flush=True); time.sleep(60)
+"""
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path):
+    holder = start(HOLD, tmp_path)
+    assert holder.stdout.readline() == "True\n"
+    with utils.try_lock(tmp_path / ".lock") as is_ours:
+        assert not is_ours
+    holder.kill()
+    holder.communicate()
+    with utils.try_lock(tmp_path / ".lock") as is_ours:
+        assert is_ours
+        with utils.try_lock(tmp_path / ".lock") as again:
+            assert not again
+
+
+WAIT = """
+from pathlib import Path
+print("waits", flush=True)
+with utils.try_lock(Path(sys.argv[1]) / ".lock", wait=True) as is_ours:
+    print(is_ours, Path(sys.argv[1], "a").read_text())
+"""
+
+
+def test_waiting_lock_comes_after_the_other(tmp_path):
+    with utils.try_lock(tmp_path / ".lock"):
+        process = start(WAIT, tmp_path)
+        assert process.stdout.readline() == "waits\n"
+        time.sleep(0.2)
+        (tmp_path / "a").write_text("written before")
+    assert process.communicate() == ("True written before\n", "")
+
+
+def test_only_one_names_the_other(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xff\xfe\x00" * 100)  # whatever an earlier process left
     with (
         utils.only_one(tmp_path, "a.py"),
-        pytest.raises(UserError, match=r"a\.py \(process \d+\) is at work"),
+        pytest.raises(UserError, match=rf"a\.py \(process {os.getpid()}\) is at work in .*: wait for it to end"),
         utils.only_one(tmp_path, "b.py"),
     ):
         pass
+
+
+WITHOUT_LOCKS = """
+import errno, fcntl
+from pathlib import Path
+def flock(*_): raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+def main():
+    for name in "ab":
+        with utils.try_lock(Path(sys.argv[1]) / name) as is_ours: print(is_ours)
+utils.run(main)
+"""
+
+
+def test_disk_without_locks_is_for_one_process(tmp_path):
+    done = run(WITHOUT_LOCKS, tmp_path)
+    note = f"note: {tmp_path} is on a disk without locks (flock): start no second process in it\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\nTrue\n", note)
+    done = run(WITHOUT_LOCKS, tmp_path, env={**os.environ, "WORLD_SIZE": "2"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path} is on a disk without locks (flock): start one process alone")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "array", "count"), [("", "", 1), ("4", "", 4), ("", "10", 10), ("2", "10", 10), ("x", "-3", 1)]
+)
+def test_processes_are_those_of_torchrun_or_slurm(monkeypatch, world_size, array, count):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", array)
+    assert utils.process_count() == count
 
 
 # --- Seeds, device -----------------------------------------------------------------------------------------------
@@ -283,7 +354,7 @@ def test_seeds_differ_and_fit():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_devices():
+def test_device_that_is_not_there_is_named():
     assert utils.pick_device("cpu").type == "cpu"
     assert utils.pick_device("auto").type in ("cpu", "cuda", "mps")
     for name in ("cuda:99", "gpu", ""):
@@ -291,7 +362,7 @@ def test_devices():
             utils.pick_device(name)
 
 
-def test_module_that_is_missing():
+def test_missing_module_says_how_to_install_it():
     with pytest.raises(UserError, match=r"the Hub needs no_such_module_1, which is not installed: bash 01_setup\.sh"):
         utils.need("no_such_module_1", "the Hub")
     assert utils.need("json", "reading") is json
