@@ -10,12 +10,9 @@
 
 Prints the class, its confidence and the whole distribution as bars, the most likely class first. Any format, rate and
 channel count that soundfile can decode, or ffmpeg where it is installed. A recording longer than a clip (4 s) is
-streamed through windows of 4 s that overlap by half: the mean of their distributions is the file's, and a timeline says
-what sounds when. --json prints an object a line: file, seconds, models, windows, class, confidence, probabilities,
-timeline, notes; or file, error.
-
-The model file is all that it needs. A recording that can't be predicted is named in the end, after the others are done,
-and makes the exit status 2.
+streamed through windows of 4 s that overlap by half: the mean of their distributions is the recording's, and a timeline
+says what sounds when. The model file is all that it needs. A recording that can't be predicted is named at the end,
+after the others are done, and makes the exit status 2.
 """
 
 import contextlib
@@ -35,17 +32,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import audio as audio_file
-import batches
-import calibration
 import utils
-from audio import AudioSettings
+from audio import AudioSettings, clip_features, duration, stream_audio, windows
 from model import find_model, folds_in, load_model
-from reports import answers, known_clips
+from reports import answers
 from reports.answers import Answer
 from utils import UserError
 
 WINDOWS_AT_ONCE = 8  # in one pass of the network; more are no faster and take more memory
+OUTPUTS = {"labels": ".txt", "plot": ".png", "explain": ".why.png"}  # flags that write a file for each recording
+MAX_NAME = 200  # bytes of a file name that is made from a recording's
 SUFFIXES = {  # of the recordings that are looked for in a folder; a file that is named may be called anything
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64"),  # soundfile's
     *(".m4a", ".aac", ".wma", ".amr", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp"),  # ffmpeg's
@@ -61,19 +57,18 @@ def parse_args():
     add("--mic", action="store_true", help="listen to the microphone instead, until Ctrl-C")
     add("--fold_num", type=fold_or_all, default=0, help="0-indexed fold whose model predicts, or all (default: 0)")
     add("--model_dir", metavar="DIR", help="folder of model files, one file, or hf://owner/name (default: models/)")
-    add("--from_hub", metavar="OWNER/NAME", help="the same as --model_dir hf://OWNER/NAME")
     add("--processed_dir", metavar="DIR", help="check the model's class names against this data set's")
     add("--window_seconds", type=utils.positive_float, metavar="S", help="of a long recording (default: a clip's 4 s)")
     add("--hop_seconds", type=utils.positive_float, metavar="S", help="from window to window (default: half a window)")
-    add("--raw", action="store_true", help="leave out the temperature that training has fitted (calibration.py)")
     add("--top_k", type=utils.positive_int, metavar="K", help="show the K likeliest classes alone")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print a JSON object a line")
     output.add_argument("--quiet", action="store_true", help="print the class alone; an empty line for what failed")
-    add("--csv", type=Path, metavar="FILE", help="write the timelines: file, start, end, class, confidence")
-    add("--labels", type=Path, metavar="PATH", help="write the timeline as labels for Audacity; for several: a folder")
-    add("--plot", type=Path, metavar="PATH", help="draw waveform, log-mel and timeline; for several: a folder")
-    add("--explain", type=Path, metavar="PATH", help="draw what the decision hangs on; for several: a folder")
+    written = parser.add_argument_group("files to write; a PATH is a folder if it ends in / or for several recordings")
+    written.add_argument("--csv", metavar="FILE", help="all timelines in a table: file, start, end, class, confidence")
+    written.add_argument("--labels", metavar="PATH", help="the timeline as labels for Audacity")
+    written.add_argument("--plot", metavar="PATH", help="a picture of waveform, log-mel and timeline")
+    written.add_argument("--explain", metavar="PATH", help="a picture of what the decision depends on")
     args = parser.parse_args()
     if args.mic == bool(args.recordings):
         parser.error("name either recordings or --mic")
@@ -88,7 +83,7 @@ def fold_or_all(text):
 def find_recordings(names):
     """Return the files that names, folders and patterns stand for, in order, each once; - stays as it is.
 
-    UserError for a folder without recordings and a pattern without files. Any other name is left to who opens it.
+    UserError for a folder without recordings and a pattern without files. Any other name is checked when it is opened.
     """
     found = []
     for name in names:
@@ -109,16 +104,16 @@ def find_recordings(names):
 
 def find_models(args):
     """Return the model files that the command line asks for: of one fold or all, from a folder or the Hub."""
-    repo_id = args.from_hub or (args.model_dir or "").partition("hf://")[2]
-    if repo_id:
+    if args.model_dir and args.model_dir.startswith("hf://"):
         from services import hub
 
+        repo_id = args.model_dir.removeprefix("hf://")
         folds = hub.model_folds(repo_id) if args.fold_num == "all" else [args.fold_num]
         return [hub.fetch_model(repo_id, fold) for fold in folds]
     model_dir = utils.run_folders(args).models
     if args.fold_num != "all" or model_dir.is_file():
         return [find_model(model_dir, args.fold_num)]
-    return [find_model(model_dir, fold) for fold in folds_in(model_dir) or [0]]  # 0: it says what is missing
+    return [find_model(model_dir, fold) for fold in folds_in(model_dir) or [0]]  # 0: its error says what is missing
 
 
 def load_models(paths):
@@ -143,53 +138,43 @@ def check_class_names(processed_dir, info):
 
 
 @torch.inference_mode()
-def window_logits(models, windows):
-    """Return the logits of windows of sound, (models, B, classes), and their features, (B, rows, n_frames).
+def distributions_of(features, models):
+    """Return the class probabilities of clips, (B, classes): the mean over models, [(network, info)].
 
-    windows: list of B arrays of mono samples at the models' rate, up to a clip long; models: [(network, info)].
+    features: (B, n_mels, n_frames) in dB.
     """
-    audio = AudioSettings(**models[0][1]["audio"])
-    features = np.stack([audio_file.clip_features(window, audio) for window in windows])
-    logits = []
-    for network, info in models:
-        inputs = batches.normalise(torch.from_numpy(features), batches.statistics_of(info))  # (B, 1, rows, frames)
-        logits.append(network(inputs.contiguous(memory_format=torch.channels_last)))  # (B, classes)
-    return torch.stack(logits), features
+    features = torch.from_numpy(features).float()
+    each = [(network(features) / info.get("temperature", 1)).softmax(dim=1) for network, info in models]
+    return torch.stack(each).mean(dim=0).numpy()  # (models, B, classes) -> (B, classes)
 
 
-def classify(blocks, models, window_seconds=None, hop_seconds=None, raw=False, watch=None):
+def classify(blocks, models, window_seconds=None, hop_seconds=None, watch=None):
     """Return the Answer to a recording, which is streamed through windows.
 
     blocks: iterable of mono samples at the models' rate; models: [(network, info)], whose distributions are averaged;
-    raw: leave the temperatures out; watch: called with (first sample, samples, features, distribution) of each window.
-    UserError for a recording without sound, and for models that give no probabilities.
+    watch: called with (first sample, samples, features, distribution) of each window. UserError for a recording without
+    sound, and for models that give no probabilities.
     """
-    infos = [info for _, info in models]
-    audio = AudioSettings(**infos[0]["audio"])
-    length, hop = window_samples(audio, window_seconds, hop_seconds)
-    starts, ends, rows, scores = [], [], [], []
-    for group in grouped(audio_file.windows(blocks, length, hop), WINDOWS_AT_ONCE):
-        logits, features = window_logits(models, [window for _, window in group])
-        scaled = [calibration.probabilities(each, info, raw) for each, info in zip(logits, infos, strict=True)]
-        distributions = torch.stack(scaled).mean(dim=0).numpy()  # (B, classes)
+    info = models[0][1]
+    audio = AudioSettings(**info["audio"])
+    found = windows(blocks, *window_samples(audio, window_seconds, hop_seconds))
+    edges, rows = [], []
+    while group := list(itertools.islice(found, WINDOWS_AT_ONCE)):
+        features = np.stack([clip_features(samples, audio) for _, samples in group])  # (B, n_mels, n_frames)
+        distributions = distributions_of(features, models)  # (B, classes)
         if not np.isfinite(distributions).all():
             raise UserError("the model gives no probabilities for it: train or fetch the model again")
-        for place, (start, window) in enumerate(group):
-            if window.any():
-                scores.append(calibration.unknown_score(logits[:, place]))  # (models,)
-            else:
-                distributions[place] = np.nan
-            starts.append(start)
-            ends.append(start + len(window))
-            if watch:
-                watch(start, window, features[place], distributions[place])
+        distributions[[not samples.any() for _, samples in group]] = np.nan  # silence
         rows.append(distributions)
-    if not scores:
+        for (start, samples), *results in zip(group, features, distributions, strict=True):
+            edges.append((start, start + len(samples)))
+            if watch:
+                watch(start, samples, *results)
+    probabilities = np.concatenate(rows)  # (windows, classes)
+    if np.isnan(probabilities).all():
         raise UserError("it is silent: every sample is zero. Check the recording")
-    starts, ends = (np.array(places) / audio.sample_rate for places in (starts, ends))
-    warning = calibration.unknown_warning(torch.stack(scores).mean(dim=0), infos)
-    notes = [warning] if warning else []
-    return Answer(infos[0]["class_names"], float(ends[-1]), starts, ends, np.concatenate(rows), notes)
+    starts, ends = np.array(edges).T / audio.sample_rate  # (windows,) s each
+    return Answer(info["class_names"], float(ends[-1]), starts, ends, probabilities, notes=[])
 
 
 def window_samples(audio, window_seconds=None, hop_seconds=None):
@@ -198,19 +183,11 @@ def window_samples(audio, window_seconds=None, hop_seconds=None):
     hop_seconds = hop_seconds or window_seconds / 2
     if window_seconds > audio.clip_seconds:
         raise UserError(
-            f"--window_seconds {window_seconds:g} is longer than the model's clips of {audio.clip_seconds} s"
+            f"--window_seconds {window_seconds:g} is longer than the model's clips of {audio.clip_seconds} s: lower it"
         )
     if hop_seconds > window_seconds:
-        raise UserError(f"--hop_seconds {hop_seconds:g} leaves gaps between windows of {window_seconds:g} s")
-    samples = (round(seconds * audio.sample_rate) for seconds in (window_seconds, hop_seconds))
-    return tuple(max(count, 1) for count in samples)
-
-
-def grouped(items, size):
-    """Yield lists of up to `size` items."""
-    items = iter(items)
-    while group := list(itertools.islice(items, size)):
-        yield group
+        raise UserError(f"--hop_seconds {hop_seconds:g} leaves gaps between windows of {window_seconds:g} s: lower it")
+    return tuple(max(round(seconds * audio.sample_rate), 1) for seconds in (window_seconds, hop_seconds))
 
 
 def predict(network, info, samples):
@@ -236,62 +213,73 @@ def opened(recording):
         yield path
 
 
-def answer_to(path, models, args, watchers):
-    """Return the Answer to one recording, with what there is to say about it. A bar shows a long one's seconds."""
+def answer_to(recording, models, args, sketch):
+    """Return the Answer to one recording; a bar shows the seconds of a long one.
+
+    sketch: the reports.pictures.Sketch that every window is added to, or None.
+    """
     audio = AudioSettings(**models[0][1]["audio"])
-    blocks = audio_file.stream_audio(path, audio.sample_rate)
-    seconds = audio_file.duration(path) or 0
-    with tqdm(total=round(seconds), desc=path.name, unit="s", leave=False, disable=None, delay=1) as bar:
-        watchers = [*watchers, lambda start, *_: bar.update(round(start / audio.sample_rate) - bar.n)]
-        try:
-            answer = classify(
-                blocks,
-                models,
-                args.window_seconds,
-                args.hop_seconds,
-                args.raw,
-                lambda *window: [w(*window) for w in watchers],
-            )
-        except UserError as error:
-            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-    fold = known_clips.find_fold(path, args.assets_dir, args.processed_dir)
-    if fold:
-        answer.notes.insert(0, known_clips.note(fold, [info for _, info in models]))
+    with opened(recording) as path:
+        total = round(duration(path) or 0)
+        with tqdm(total=total, desc=path.name, unit="s", leave=False, disable=None, delay=1) as bar:
+
+            def watch(start, *window):
+                bar.update(round(start / audio.sample_rate) - bar.n)
+                if sketch:
+                    sketch.add(start, *window)
+
+            try:
+                blocks = stream_audio(path, audio.sample_rate)
+                answer = classify(blocks, models, args.window_seconds, args.hop_seconds, watch)
+            except UserError as error:
+                raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        note = answers.known_clip_note(path, [info for _, info in models], args.assets_dir, args.processed_dir)
+        answer.notes += [note] if note else []
     return answer
 
 
-def predict_file(recording, models, model_names, args, n_recordings):
-    """Predict one recording: print the answer and write the files that the flags ask for. Return its timeline."""
-    watchers = []
-    if args.plot or args.explain:
-        from reports import plot_recording
+def predict_file(recording, models, model_names, args, outputs):
+    """Predict one recording: print the answer and write `outputs`, {flag: path}. Return its timeline."""
+    sketch = None
+    if {"plot", "explain"} & outputs.keys():
+        from reports import pictures
 
-        sketch = plot_recording.Sketch(AudioSettings(**models[0][1]["audio"]))
-        watchers = [sketch.add]
-    with opened(recording) as path:
-        answer = answer_to(path, models, args, watchers)
-    name = "standard input" if recording == "-" else str(recording)
+        sketch = pictures.Sketch(AudioSettings(**models[0][1]["audio"]))
+    answer, name = answer_to(recording, models, args, sketch), name_of(recording)
     if args.quiet:
         print(answer.class_names[answer.best])
     elif args.json:
         print(answers.as_json(name, answer, model_names, args.top_k))
     else:
         answers.print_answer(name, answer, model_names, args.top_k)
-    parts = answer.timeline
-    if args.labels:
-        answers.save_labels(path_for(args.labels, name, ".txt", n_recordings), parts)
-    if args.plot:
-        plot_recording.draw_recording(path_for(args.plot, name, ".png", n_recordings), name, answer, sketch)
-    if args.explain:
-        plot_recording.draw_explanation(
-            path_for(args.explain, name, ".png", n_recordings), name, answer, models, sketch
-        )
-    return parts
+    if "labels" in outputs:
+        answers.save_labels(outputs["labels"], answer.timeline)
+    if "plot" in outputs:
+        pictures.draw_recording(outputs["plot"], name, answer, sketch)
+    if "explain" in outputs:
+        pictures.draw_explanation(outputs["explain"], name, answer, models, sketch)
+    return answer.timeline
 
 
-def path_for(path, name, ending, n_recordings):
-    """Return where a recording's labels or picture go: `path` for one recording, a file in that folder for several."""
-    return path if n_recordings == 1 else path / (re.sub(r"[^\w.-]+", "_", name).strip("_") + ending)
+def name_of(recording):
+    """Return what a recording is called in the output."""
+    return "standard input" if recording == "-" else str(recording)
+
+
+def file_names(recordings):
+    """Return a plain file name of at most MAX_NAME bytes for each recording, no two alike."""
+    names = []
+    for recording in recordings:
+        plain = re.sub(r"[^\w.-]+", "_", name_of(recording)).strip("_").encode()[-MAX_NAME:].decode(errors="ignore")
+        numbered = (f"{plain}_{number}" for number in itertools.count(2))
+        names.append(next(name for name in itertools.chain([plain], numbered) if name not in names))
+    return names
+
+
+def output_path(path, name, is_one_of_many):
+    """Return the file that a flag's path stands for: `name` in it, if it is a folder or has to be one."""
+    is_folder = is_one_of_many or path.endswith(("/", os.sep)) or Path(path).is_dir()
+    return Path(path, name) if is_folder else Path(path)
 
 
 def main():
@@ -299,37 +287,33 @@ def main():
     utils.keep_freed_memory()  # features and network take less than half the time over a long recording
     paths = find_models(args)
     models = load_models(paths)
+    model_names, info = [path.name for path in paths], models[0][1]
     if args.processed_dir:
-        check_class_names(args.processed_dir, models[0][1])
-    window_samples(AudioSettings(**models[0][1]["audio"]), args.window_seconds, args.hop_seconds)
+        check_class_names(args.processed_dir, info)
+    window_samples(AudioSettings(**info["audio"]), args.window_seconds, args.hop_seconds)  # checks the flags
     if args.mic:
-        from services import listen
+        from services import sound
 
-        return listen.listen_to_microphone(lambda part: classify([part], models, raw=args.raw).mean, models[0][1])
+        return sound.listen_to_microphone(lambda samples: classify([samples], models).mean, info)
     recordings = find_recordings(args.recordings)
-    timelines, failures = {}, []
-    many = len(recordings) > 1
-    with tqdm(recordings, "recordings", unit="file", leave=False, disable=None if many else True) as bar:
-        for recording in bar:
-            try:
-                with bar.external_write_mode(nolock=True):
-                    timelines[str(recording)] = predict_file(
-                        recording, models, [path.name for path in paths], args, len(recordings)
-                    )
-            except UserError as error:
-                failures.append(str(error))
-                if args.json:
-                    print(json.dumps({"file": str(recording), "error": str(error)}, ensure_ascii=False))
-                elif args.quiet and many:
-                    print()
+    timelines, failures, many = {}, [], len(recordings) > 1
+    for recording, name in zip(recordings, file_names(recordings), strict=True):
+        flags = {flag: path for flag in OUTPUTS if (path := getattr(args, flag))}
+        outputs = {flag: output_path(path, name + OUTPUTS[flag], many) for flag, path in flags.items()}
+        try:
+            timelines[str(recording)] = predict_file(recording, models, model_names, args, outputs)
+        except UserError as error:
+            failures.append(str(error))
+            if args.json:
+                print(json.dumps({"file": str(recording), "error": str(error)}, ensure_ascii=False))
+            elif args.quiet and many:
+                print()
     if args.csv:
-        answers.save_csv(args.csv, timelines)
+        answers.save_csv(output_path(args.csv, "timelines.csv", False), timelines)
     if failures and many:
-        raise UserError(
-            f"{len(failures)} of {len(recordings)} recordings can't be predicted:\n  " + "\n  ".join(failures)
-        )
+        failures.insert(0, f"{len(failures)} of {len(recordings)} recordings can't be predicted:")
     if failures:
-        raise UserError(failures[0])
+        raise UserError("\n  ".join(failures))
 
 
 if __name__ == "__main__":
