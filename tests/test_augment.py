@@ -45,8 +45,8 @@ def seen(inputs, statistics):
 
 
 def test_settings_are_in_config():
-    assert set(augment.SETTINGS) == set(ALL)
-    assert all(hasattr(config, name.upper()) for name in augment.SETTINGS)
+    assert set(augment.RANGES) == set(ALL)
+    assert all(hasattr(config, name.upper()) for name in augment.RANGES)
 
 
 # --- The plan ----------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_output_to_a_full_disk_says_what_to_do():
     with open("/dev/full", "w") as full:
         done = run("utils.run(lambda: print('x'))", capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the output: No space left on device. Make room")
+    assert done.stderr.startswith("error: the output: No space left on device: make room")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell closes the output")
@@ -176,11 +176,27 @@ def test_error_in_the_block_leaves_the_old_file(tmp_path, error):
     assert old.read_bytes() == b"old"
 
 
-def test_stale_tmp_is_taken_over(tmp_path):
-    (tmp_path / "a.json.tmp").write_bytes(b"x" * 100)
+def test_temporary_file_of_a_dead_process_is_removed(tmp_path):
+    stale = utils.temporary_path(tmp_path / "a.json").name.replace(f"-{os.getpid()}.", "-4194305.")  # no such process
+    (tmp_path / stale).write_bytes(b"x" * 100)
     utils.save_json(tmp_path / "a.json", [1])
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert utils.load_json(tmp_path / "a.json") == [1]
+
+
+WRITE_OFTEN = """
+for number in range(200):
+    utils.save_json(sys.argv[1], [number] * 500)
+"""
+
+
+def test_writers_of_one_file_at_once_never_mix(tmp_path):
+    writers = [start(WRITE_OFTEN, tmp_path / "a.json") for _ in range(3)]
+    while any(writer.poll() is None for writer in writers):
+        if (tmp_path / "a.json").exists():
+            assert len(set(utils.load_json(tmp_path / "a.json"))) == 1
+    assert [writer.communicate()[1] for writer in writers] == ["", "", ""]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 KILLED_AT = """
@@ -202,7 +218,7 @@ def test_kill_at_each_moment_leaves_old_or_new(tmp_path, moment):
     path.write_bytes(b"old")
     assert run(KILLED_AT, path, moment).returncode == -signal.SIGKILL
     assert path.read_bytes() == (bytes(2 << 20) if moment == "written" else b"old")
-    assert (tmp_path / "a.tmp").exists() == (moment != "written")
+    assert bool([*tmp_path.glob("a.*.tmp")]) == (moment != "written")
     assert run(KILLED_AT, path, "never").returncode == 0
     assert path.read_bytes() == bytes(2 << 20)
     assert list(tmp_path.iterdir()) == [path]
@@ -229,7 +245,7 @@ def test_kill_at_random_moments_leaves_old_or_new(tmp_path):
         content = path.read_bytes()
         assert content == content[:1] * 6_400_000
         assert content[0] >= max(map(int, finished.split()), default=1)  # what was reported as written is there
-        halves += (tmp_path / "a.tmp").exists()
+        halves += bool([*tmp_path.glob("a.*.tmp")])
     assert halves > 0  # some kills did come in mid-write
 
 
