@@ -3,7 +3,7 @@
     python test_playsound_app.py
 
 Plays test_tone.wav of the current folder, which it makes where it is missing (create_test_tone.py makes other tones).
-No loudspeaker or no PortAudio is one line with the remedy, exit status 2. This is no automatic test, whatever its
+No loudspeaker or no PortAudio is one line with the remedy, exit status 2. This is not an automatic test, despite its
 name: pytest collects the folder tests/ alone.
 """
 
@@ -14,7 +14,7 @@ import soundfile
 
 import create_test_tone
 import utils
-from services import sound_device
+from services import sound
 from utils import UserError
 
 
@@ -36,9 +36,9 @@ def main():
     ).parse_args()
     path = Path(create_test_tone.FILE_NAME)
     samples, rate = read_or_make_tone(path)
-    name, own_rate = sound_device.describe_device("output")
+    name, own_rate = sound.describe_device("output")
     print(f"playing {path} ({len(samples) / rate:.2f} s) on {name} ({own_rate:g} Hz)")
-    sound_device.play(samples, rate)
+    sound.play(samples, rate)
     print("played. Nothing heard? Look at the volume, and at the output device in the system's sound settings")
 
 
