@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from audio import AudioSettings
 
 import utils
+from audio import AudioSettings
 from utils import UserError
 
 # --- The data set's table ----------------------------------------------------------------------------------------

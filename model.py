@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 
 import torch
-from audio import AudioSettings
 from torch import nn
 from torch.nn.functional import avg_pool2d
 
 import utils
+from audio import AudioSettings
 from utils import UserError
 
 VIEW_FRAMES = 4  # frames of 23 ms that a view has the mean of: neighbours share most of their 93 ms of sound

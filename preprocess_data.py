@@ -201,7 +201,7 @@ def extract_features(paths, audio, workers, append):
 def check_disk_space(output_dir, n_bytes):
     """Raise a UserError if a folder's disk has no room for features of so many bytes."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "features.pkl.tmp").unlink(missing_ok=True)  # of a run that was killed
+    utils.temporary_path(output_dir / "features.pkl")  # which removes what a killed run left
     needed = n_bytes + SPARE_DISK
     remedy = "make room, or name a different --output_dir"
     utils.need_space(output_dir, needed, f" and {needed / 1e6:,.0f} MB are needed: {remedy}")

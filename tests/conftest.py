@@ -11,12 +11,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must no
 import numpy as np
 import pandas as pd
 import pytest
-from audio import AudioSettings
 from hub_server import HubServer
 from warm_start import WarmScripts
 
 import data_loader
 import demo_data
+from audio import AudioSettings
 
 # A suite that a shell runs in the background inherits 'ignore Ctrl-C', and so would each script that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

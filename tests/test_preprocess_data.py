@@ -342,7 +342,7 @@ def start_working(tmp_path):
     def start(command):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=hear_ctrl_c)
-        while process.poll() is None and not list(tmp_path.glob("processed/features.pkl.tmp")):
+        while process.poll() is None and not list(tmp_path.glob("processed/features.pkl.*.tmp")):
             time.sleep(0.02)
         children = []
         while process.poll() is None and len(children) < 3:  # two workers and a tracker of theirs
@@ -389,7 +389,8 @@ def test_kill_at_a_random_moment_leaves_no_worker_and_the_old_files(long_job, st
         process.kill()
         process.wait()
         assert still_alive(children) == []
-        (tmp_path / "processed" / "features.pkl.tmp").unlink()  # which the next run takes over
+        for leftover in tmp_path.glob("processed/features.pkl.*.tmp"):  # which the next run removes
+            leftover.unlink()
         assert contents(tmp_path / "processed") == contents(processed[0])
 
 
@@ -430,7 +431,7 @@ def test_kill_while_writing_leaves_old_files_new_files_or_none(dataset, preproce
         assert subprocess.run(command, cwd=REPOSITORY, capture_output=True).returncode == -signal.SIGKILL
         with pytest.raises(UserError, match=r"lacks features\.json"):
             data_loader.load_processed(tmp_path / "processed")
-    (tmp_path / "processed" / "features.pkl.tmp").write_bytes(b"half")
+    assert list((tmp_path / "processed").glob("*.tmp"))
     assert preprocess(folder).returncode == 0
     assert len(data_loader.load_processed(tmp_path / "processed").labels) == 2
     assert not list((tmp_path / "processed").glob("*.tmp"))
