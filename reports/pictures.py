@@ -35,7 +35,7 @@ STYLE = {  # sizes in points
     "axes.axisbelow": True,
     "grid.color": "#DDDDDD",
 }
-MIN_COLUMNS = 10  # of a feature map that Grad-CAM shows: 0.4 s of a clip of 4 s
+MIN_COLUMNS = 16  # of the feature maps that Grad-CAM shows: 4 s in steps of a quarter of a second
 
 
 @contextlib.contextmanager
@@ -320,7 +320,7 @@ def draw_explanation(path, name, answer, models, sketch):
 
     probability, start, features = sketch.strongest[answer.best]
     inputs, target = torch.from_numpy(features[None]).float(), torch.tensor([answer.best])  # (1, n_mels, n_frames)
-    heat = torch.cat([grad_cam(network, inputs, target) for network, _ in models]).mean(dim=0)  # (n_mels, n_frames)
+    maps = torch.cat([grad_cam(network, inputs, target) for network, _ in models])  # (models, n_mels, n_frames)
     audio, class_name = sketch.audio, label(answer.class_names[answer.best])
     times = start / audio.sample_rate, start / audio.sample_rate + audio.clip_seconds
     title = f"{label(Path(name).name)}: what '{class_name}' ({probability:.0%}) depends on"
@@ -329,7 +329,9 @@ def draw_explanation(path, name, answer, models, sketch):
     draw_log_mel(figure, plain, features.astype(np.float32), audio, times)
     plain.set_title("log-mel spectrogram")
     extent = (*times, 0, audio.n_mels)
-    image = marked.imshow(heat, cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent)
+    image = marked.imshow(
+        maps.mean(dim=0).numpy(), cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent
+    )
     figure.colorbar(image, ax=marked, pad=0.01).set_label("weight in the decision")
     marked.set_title("Grad-CAM: the brighter, the more it speaks for the class")
     marked.set_ylabel("frequency, Hz")
@@ -341,11 +343,10 @@ def grad_cam(network, features, targets):
     """Return which cells of the log-mel speak for a class, (B, n_mels, frames), each from 0 to 1 (the most).
 
     features: (B, n_mels, frames) in dB; targets: (B,) indices of classes. UserError if the network has no map that is
-    fine enough. Selvaraju et al. 2017 (arXiv:1610.02391): the last feature maps with at least MIN_COLUMNS columns,
+    fine enough. Selvaraju et al. 2017 (arXiv:1610.02391): the last maps of its parts with at least MIN_COLUMNS columns,
     weighted by the gradient of the class's logit, summed over channels, and cut at 0; of a network with views, the sum
     of the views' maps. The gradient is not averaged over the map, as in HiResCAM (Draelos and Carin 2020,
-    arXiv:2011.08891): AudioCNN's head weighs each mel band by itself, and with the mean, masking what the map rates
-    highest costs less confidence than masking cells at random.
+    arXiv:2011.08891), because the head weighs each mel band by itself.
     """
     import torch
     from torch.nn.functional import interpolate, relu
@@ -356,7 +357,7 @@ def grad_cam(network, features, targets):
         if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[3] >= MIN_COLUMNS:
             maps.append(output)
 
-    hooks = [module.register_forward_hook(keep) for module in network.modules()]
+    hooks = [module.register_forward_hook(keep) for module in network.children()]
     try:
         with torch.enable_grad():
             logits = network(features.clone().requires_grad_())  # (B, classes)

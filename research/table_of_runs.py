@@ -60,7 +60,7 @@ def group_runs(folders):
 def differences(settings):
     """Return the settings of a recipe that differ from config.py, as text."""
     defaults = {name.lower(): value for name, value in vars(config).items()}
-    parts = [f"{name} {value}" for name, value in settings.items() if name != "data" and value != defaults.get(name)]
+    parts = [f"{name} {value}" for name, value in settings.items() if value != defaults.get(name, value)]
     return ", ".join(parts) or "as in config.py"
 
 
@@ -76,15 +76,8 @@ def make_table(groups, reference=None):
     if reference and errors is None:
         raise UserError(f"--reference {reference} is none of the runs: name it among them")
     folds = sorted(next(iter(groups[0][2].values())))
-    header = [
-        "runs",
-        "seeds",
-        *(f"fold {fold}" for fold in folds),
-        "mean",
-        "± seeds",
-        "errors",
-        "different from config.py",
-    ]
+    by_folds = [f"fold {fold}" for fold in folds]
+    header = ["runs", "seeds", *by_folds, "mean", "± seeds", "errors", "different from config.py"]
     cells = []
     for mean, settings, folders, seeds, means in sorted(rows, key=lambda row: -row[0]):
         by_fold = [tables.percent(statistics.mean(run[fold] for run in seeds.values())) for fold in folds]

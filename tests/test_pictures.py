@@ -1,14 +1,29 @@
+"""pictures.py: any results can be drawn, and Grad-CAM finds what a decision depends on."""
+
 import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
+import model
+from audio import AudioSettings
 from reports import metrics, pictures
+from reports.answers import Answer
+from utils import UserError
 
 
-def results(class_names, folds=2, clips=40, seed=0, temperatures=None):
-    rng = np.random.default_rng(seed)
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def results(class_names, folds=2, clips=40, temperatures=None):
+    rng = np.random.default_rng(0)
     n_classes = len(class_names)
     predictions = metrics.Predictions(
         class_names=class_names,
@@ -16,7 +31,7 @@ def results(class_names, folds=2, clips=40, seed=0, temperatures=None):
         folds=np.repeat(np.arange(folds), clips),
         true=rng.integers(0, n_classes, folds * clips),
         probabilities=rng.dirichlet(np.ones(n_classes), folds * clips),
-        clips={},
+        clips=None,
     )
     return metrics.summarise(predictions, {"best_epochs": {"0": 2}, "temperatures": temperatures or {}})
 
@@ -29,13 +44,6 @@ def history(epochs, validation=True):
     return columns
 
 
-@pytest.fixture(autouse=True)
-def no_warnings():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
 def colours(path):
     """Return {colour: pixels} of a picture."""
     with Image.open(path) as image:
@@ -43,54 +51,136 @@ def colours(path):
     return {f"#{red:02X}{green:02X}{blue:02X}": pixels for pixels, (red, green, blue) in found}
 
 
-@pytest.mark.parametrize("class_names", [["one"], ["a_b", "$x$", "50 %"], [f"class {k}" for k in range(25)]])
+# --- The report --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_names", [["a_b", "$x$", "50 %", "a\nb"], [f"class {k}" for k in range(25)]])
 def test_any_classes_can_be_drawn(tmp_path, class_names):
     values = results(class_names)
-    pictures.draw_confusion_matrix(tmp_path / "matrix.png", values, "Matrix")
+    pictures.draw_confusion_matrix(tmp_path / "matrix.png", values, "Matrix (a remark)")
     pictures.draw_classes(tmp_path / "classes.png", values, "Classes")
     for name in ("matrix.png", "classes.png"):
         with Image.open(tmp_path / name) as image:
             assert image.width >= 1500 and image.height >= 500
+    with Image.open(tmp_path / "matrix.png") as image:
+        assert image.text["Title"] == "Matrix (a remark)"
 
 
 @pytest.mark.parametrize("folds", [1, 7])
-def test_curves_of_any_number_of_folds(tmp_path, folds):
+def test_curves_of_any_number_of_folds_show_training_and_validation(tmp_path, folds):
     histories = {fold: history(epochs=3) for fold in range(folds)}
-    pictures.draw_curves(tmp_path / "curves.png", histories, results(["a", "b"], folds), "Training")
+    pictures.draw_curves(tmp_path / "curves.png", results(["a", "b"], folds), "Training", histories)
     found = colours(tmp_path / "curves.png")
     assert found[pictures.BLUE] > 500 * folds and found[pictures.ORANGE] > 200 * folds
 
 
-def test_curves_without_validation_show_no_validation(tmp_path):
-    pictures.draw_curves(tmp_path / "curves.png", {0: history(3, validation=False)}, results(["a", "b"]), "Training")
+@pytest.mark.parametrize("loss", [np.inf, np.nan])
+def test_curves_without_validation_and_of_a_loss_that_is_not_finite(tmp_path, loss):
+    histories = {0: history(1, False), 1: {**history(3, False), "train_loss": np.array([2, loss, loss])}}
+    pictures.draw_curves(tmp_path / "curves.png", results(["a", "b"]), "Training", histories)
     found = colours(tmp_path / "curves.png")
     assert pictures.BLUE in found and pictures.ORANGE not in found
 
 
-@pytest.mark.parametrize("loss", [np.inf, np.nan])
-def test_curves_of_one_epoch_and_of_a_loss_that_left_all_bounds(tmp_path, loss):
-    histories = {0: history(1), 1: {**history(3), "train_loss": np.array([2, loss, loss])}}
-    pictures.draw_curves(tmp_path / "curves.png", histories, results(["a", "b"]), "Training")
-    assert pictures.BLUE in colours(tmp_path / "curves.png")
-
-
-def test_reliability_before_and_after(tmp_path):
+def test_reliability_has_a_diagram_more_after_a_temperature(tmp_path):
     pictures.draw_reliability(tmp_path / "before.png", results(["a", "b", "c"]), "Confidence")
     both = results(["a", "b", "c"], temperatures={"0": 2.0, "1": 3.0})
     pictures.draw_reliability(tmp_path / "both.png", both, "Confidence")
     before, after = colours(tmp_path / "before.png"), colours(tmp_path / "both.png")
     assert before[pictures.BLUE] > 5000 and before[pictures.ORANGE] > 500 and after[pictures.ORANGE] > 500
-    assert after[pictures.BLUE] > 1.3 * before[pictures.BLUE]  # bars of a second diagram, and a second line
-    with Image.open(tmp_path / "before.png") as narrow, Image.open(tmp_path / "both.png") as wide:
-        assert wide.width > 1.3 * narrow.width
-
-
-def test_reliability_of_one_clip(tmp_path):
+    assert after[pictures.BLUE] > 1.3 * before[pictures.BLUE]
     pictures.draw_reliability(tmp_path / "one.png", results(["a", "b"], folds=1, clips=1), "Confidence")
     assert pictures.ORANGE in colours(tmp_path / "one.png")
 
 
-def test_title_is_in_the_file(tmp_path):
-    pictures.draw_classes(tmp_path / "classes.png", results(["a", "b"]), "Classes (a remark)")
-    with Image.open(tmp_path / "classes.png") as image:
-        assert image.text["Title"] == "Classes (a remark)"
+# --- A recording -------------------------------------------------------------------------------------------------
+
+SMALL = AudioSettings(n_mels=16)  # 4 s, 173 frames
+
+
+def build(name, n_classes=2):
+    torch.manual_seed(0)
+    settings = {"model": name, "block_dropout": 0.0, "head_dropout": 0.0, "fast_blocks": False}
+    return model.build_model(settings, n_classes, SMALL).eval()
+
+
+@pytest.mark.parametrize("n_windows", [1, 300])
+def test_recording_and_explanation_can_be_drawn(tmp_path, n_windows):
+    rng = np.random.default_rng(0)
+    sketch, hop = pictures.Sketch(SMALL), SMALL.clip_samples // 2
+    probabilities = rng.dirichlet([1, 1], n_windows)
+    probabilities[1::7] = np.nan  # silence
+    for index, row in enumerate(probabilities):
+        window = rng.uniform(-1, 1, SMALL.clip_samples).astype(np.float32)
+        sketch.add(index * hop, window, rng.normal(-40, 10, SMALL.shape).astype(np.float32), row)
+    starts = np.arange(n_windows) * hop / SMALL.sample_rate
+    answer = Answer(["a_b", "$x$"], float(starts[-1] + 4), starts, starts + 4, probabilities, [])
+    name = "folder/dro$le\udcff\n.wav"
+    pictures.draw_recording(tmp_path / "plot.png", name, answer, sketch)
+    pictures.draw_explanation(tmp_path / "why.png", name, answer, [(build("SharedAudioCNN"), {})] * 2, sketch)
+    for picture in ("plot.png", "why.png"):
+        with Image.open(tmp_path / picture) as image:
+            assert image.width >= 1500 and image.text["Title"].startswith(r"dro\$le? .wav: ")
+
+
+# --- Grad-CAM ----------------------------------------------------------------------------------------------------
+
+
+def test_map_is_gradient_times_activation_of_the_last_maps_with_enough_columns():
+    network = build("AudioCNN", n_classes=3)
+    features, targets = torch.randn(2, *SMALL.shape), torch.tensor([2, 0])
+    heat = pictures.grad_cam(network, features, targets)
+    with torch.no_grad():
+        maps = network.block2(network.block1(network.normalise(features)))  # (2, 64, 4, 43); block3 leaves 10 columns
+    maps.requires_grad_()
+    hidden = torch.relu(network.hidden(torch.relu(network.over_bands(network.block3(maps).mean(dim=3))).flatten(1)))
+    network.logits(hidden).gather(1, targets[:, None]).sum().backward()
+    expected = torch.relu((maps.grad * maps.detach()).sum(dim=1, keepdim=True))
+    expected = nn.functional.interpolate(expected, SMALL.shape, mode="bilinear")[:, 0]
+    torch.testing.assert_close(heat, expected / expected.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12))
+
+
+def test_map_leaves_the_network_as_it_was():
+    network, features = build("SharedAudioCNN"), torch.randn(1, *SMALL.shape)
+    pictures.grad_cam(network, features, torch.tensor([1]))
+    assert all(parameter.grad is None for parameter in network.parameters()) and not features.requires_grad
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_map_of_a_network_without_feature_maps_is_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(SMALL.shape[0] * SMALL.shape[1], 2))
+    with pytest.raises(UserError, match="feature maps of 16 columns, and Sequential has none"):
+        pictures.grad_cam(network, torch.randn(1, *SMALL.shape), torch.tensor([0]))
+
+
+def sounds(clips, generator):
+    """Noise of two classes in dB, (clips, n_mels, frames): a tenth is louder, in other bands and frames for each."""
+    labels = torch.arange(clips) % 2
+    features = torch.randn(clips, *SMALL.shape, generator=generator)
+    features[labels == 0, :8, 34:68] += 1
+    features[labels == 1, 8:, 102:136] += 1
+    return features, labels
+
+
+@pytest.mark.parametrize("name", model.MODELS)
+def test_masking_the_highest_tenth_costs_more_than_masking_other_cells(name):
+    network, generator = build(name), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    for _ in range(30):
+        features, labels = sounds(16, generator)
+        loss = nn.functional.cross_entropy(network.train().view_logits(features).mean(dim=1), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    network.eval()
+    features, labels = sounds(32, generator)
+    heat = pictures.grad_cam(network, features, labels)
+
+    @torch.no_grad()
+    def fall(ratings):
+        """Return by how much the logit of the true class falls if the highest tenth of the ratings is masked."""
+        masked = features.flatten(1)
+        masked = masked.scatter(1, ratings.flatten(1).topk(masked.shape[1] // 10).indices, 0.0).view_as(features)
+        return (network(features) - network(masked)).gather(1, labels[:, None]).mean().item()
+
+    assert fall(heat) > 2 * max(fall(torch.rand(heat.shape, generator=generator)), fall(heat.flip(0)), 0.1)

@@ -1,4 +1,4 @@
-"""tables.py: what the report says, that it says 'optimistic' where it must, and that files can't write markup into it."""
+"""tables.py: what the report says, 'optimistic' where it must, and that files can't write markup into it."""
 
 import json
 import warnings

@@ -1,11 +1,13 @@
 """Weights & Biases by the real client, through train.py: offline, resumed, broken in several ways, in a sweep."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,42 +18,26 @@ from run_files import assert_same_files
 import config
 
 RESULT_FILES = "checkpoints/|models/|results/"
+NO_SERVER = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def env(home):
+def env(tmp_path_factory):
     """The environment of a run that is tracked and has no account, whoever runs the tests."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return {**env, "HOME": str(home), "WANDB_PROJECT": "my project"}
+    return {**env, "HOME": str(tmp_path_factory.mktemp("home")), "WANDB_PROJECT": "my project"}
 
 
 @pytest.fixture(scope="module")
 def start(data, scripts):
-    """A function that starts train.py on two folds; `scripts.wait` gives its CompletedProcess."""
+    """A function that starts train.py on two folds and returns a function that waits for its CompletedProcess."""
 
     def start(folder, env, epochs=2):
         flags = ("--folds", "0,1", "--epochs", epochs, "--batch_size", 8)
         scripts.start("train", "--processed_dir", data, "--assets_dir", folder, *flags, env=env)
+        return scripts.wait
 
     return start
-
-
-@pytest.fixture(scope="module")
-def train(start, scripts):
-    """A function that runs train.py to its good end."""
-
-    def train(folder, env, epochs=2):
-        start(folder, env, epochs)
-        done = scripts.wait()
-        assert done.returncode == 0, done.stderr
-        return done
-
-    return train
 
 
 def read_runs(assets):
@@ -89,28 +75,24 @@ def wandb_lines(text):
 
 
 @pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    return tmp_path_factory.mktemp("assets")
-
-
-@pytest.fixture(scope="module")
-def plain(assets, train, env):
+def plain(start, env, tmp_path_factory):
     """The folder of a run without Weights & Biases."""
-    done = train(assets / "plain", {**env, "WANDB_PROJECT": ""})
-    assert wandb_lines(done.stdout + done.stderr) == []
-    assert not (assets / "plain" / "wandb").exists()
-    return assets / "plain"
+    folder = tmp_path_factory.mktemp("plain")
+    done = start(folder, {**env, "WANDB_PROJECT": ""})()
+    assert (done.returncode, wandb_lines(done.stdout + done.stderr)) == (0, [])
+    assert not (folder / "wandb").exists()
+    return folder
 
 
 @pytest.fixture(scope="module")
-def tracked(assets, train, env):
+def tracked(start, env, tmp_path_factory):
     """(folder, output) of the same run, tracked, with sound files of one fold's clips in 24 bit."""
-    sounds = assets / "tracked" / config.DATASET_DIR / "audio" / "fold1"
+    folder = tmp_path_factory.mktemp("tracked")
+    sounds = folder / config.DATASET_DIR / "audio" / "fold1"
     sounds.mkdir(parents=True)
     for index in range(8):
         soundfile.write(sounds / f"{index}-{index % 2}-0-0.wav", np.zeros((4410, 2)), 44100, subtype="PCM_24")
-    done = train(assets / "tracked", env)
-    return assets / "tracked", done
+    return folder, start(folder, env)()
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +100,12 @@ def runs(tracked):
     return read_runs(tracked[0])
 
 
-def test_no_account_is_one_line_with_the_remedy(tracked, home):
+def test_no_account_is_one_line_with_the_remedy(tracked, env):
     folder = tracked[0] / "wandb"
     remedy = f"so the runs stay in {folder}; `wandb sync {folder}` sends them"
     assert wandb_lines(tracked[1].stdout) == [f"Weights & Biases: no account here (`wandb login`), {remedy}"]
     assert wandb_lines(tracked[1].stderr) == []
-    assert not list(home.rglob("*wandb*"))
+    assert not list(Path(env["HOME"]).rglob("*wandb*"))
 
 
 def test_results_are_those_of_a_run_without_it(tracked, plain):
@@ -139,9 +121,8 @@ def test_runs_are_one_group_with_the_settings(tracked, runs):
         assert (run["project"], run["run_group"], run["job_type"]) == ("my project", state["run_id"], job)
         assert state["settings"].items() <= run["config"]["update"].items()
         assert "git" not in run
-        assert [(row["epoch"], row["_step"]) for row in rows_of([file])] == (
-            [] if job == "summary" else [(1, 1), (2, 2)]
-        )
+        epochs = [(row["epoch"], row["_step"]) for row in rows_of([file])]
+        assert epochs == ([] if job == "summary" else [(1, 1), (2, 2)])
 
 
 def test_fold_run_has_scores_best_weights_and_mistakes(tracked, runs):
@@ -196,12 +177,12 @@ def wait_for(scripts, text):
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_resumed_fold_logs_every_epoch_once(start, train, scripts, env, tmp_path, sent, status):
-    start(tmp_path, env, epochs=4)
+def test_resumed_fold_logs_every_epoch_once(start, scripts, env, tmp_path, sent, status):
+    wait = start(tmp_path, env, epochs=4)
     wait_for(scripts, "epoch 2/4")
     os.kill(scripts.child, sent)
-    assert scripts.wait().returncode == status
-    train(tmp_path, env, epochs=4)
+    assert wait().returncode == status
+    assert start(tmp_path, env, epochs=4)().returncode == 0
     files = read_runs(tmp_path)[f"{state_of(tmp_path)['run_id']}-fold-0"]
     assert [row["epoch"] for row in rows_of(files)] == [row["_step"] for row in rows_of(files)] == [1, 2, 3, 4]
     assert files[-1]["run"][0]["resume"] is True
@@ -214,16 +195,13 @@ def test_resumed_fold_logs_every_epoch_once(start, train, scripts, env, tmp_path
     ("variables", "line"),
     [
         ({"WANDB_API_KEY": "short"}, "WANDB_API_KEY invalid"),
-        (
-            {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "1"},
-            "no connection",
-        ),
+        ({**NO_SERVER, "WANDB_INIT_TIMEOUT": "1"}, "no connection"),
         ({"WANDB_MODE": "offline"}, "WANDB_MODE is offline, so the runs stay in"),
     ],
     ids=["invalid key", "no server", "offline"],
 )
-def test_no_connection_is_one_line(train, env, plain, tmp_path, variables, line):
-    done = train(tmp_path, {**env, **variables})
+def test_no_connection_is_one_line(start, env, plain, tmp_path, variables, line):
+    done = start(tmp_path, {**env, **variables})()
     (found,) = wandb_lines(done.stdout + done.stderr)
     assert line in found
     assert_same_files(tmp_path, plain, RESULT_FILES)
@@ -233,34 +211,26 @@ def test_wandb_that_raises_is_one_line(run_script, data, env, tmp_path):
     (tmp_path / "wandb.py").write_text("raise RuntimeError('no wandb today')")
     flags = ("--processed_dir", data, "--assets_dir", tmp_path / "run", "--folds", "0", "--epochs", "1")
     done = run_script("train.py", *flags, env={**env, "PYTHONPATH": str(tmp_path)})
-    assert (done.returncode, done.stderr) == (
-        0,
-        "warning: Weights & Biases: no wandb today. The training continues without it\n",
-    )
+    assert done.stderr == "warning: Weights & Biases: no wandb today. The training continues without it\n"
+    assert done.returncode == 0
 
 
-def services(folder):
-    """Return the process ids of the wandb-core that a run in this folder has started."""
-    found = []
+def service_of(folder):
+    """Return the process id of the wandb-core that a run in this folder has started."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as command, open(f"/proc/{pid}/environ", "rb") as environ:
-                if b"wandb-core" in command.read() and f"WANDB_DIR={folder}\0".encode() in environ.read():
-                    found.append(int(pid))
-        except OSError:  # it has ended
-            continue
-    return found
+        with contextlib.suppress(OSError):  # it has ended
+            command, environ = (Path("/proc", pid, name).read_bytes() for name in ("cmdline", "environ"))
+            if b"wandb-core" in command and f"WANDB_DIR={folder}\0".encode() in environ:
+                return int(pid)
+    raise AssertionError("no wandb-core runs")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_killed_service_costs_one_line(start, scripts, env, plain, tmp_path):
-    start(tmp_path, env)
+    wait = start(tmp_path, env)
     wait_for(scripts, "the runs stay in")
-    while not (found := services(tmp_path)):
-        assert not scripts.ended()
-    os.kill(found[0], signal.SIGKILL)
-    done = scripts.wait()
-    assert done.returncode == 0, done.stderr
+    os.kill(service_of(tmp_path), signal.SIGKILL)
+    done = wait()
     (line,) = wandb_lines(done.stderr)
     assert line.startswith("warning: Weights & Biases: ")
     assert line.endswith("The training continues without it")
@@ -269,12 +239,12 @@ def test_killed_service_costs_one_line(start, scripts, env, plain, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_frozen_service_does_not_hold_up_ctrl_c(start, scripts, env, tmp_path):
-    start(tmp_path, env, epochs=1000)
+    wait = start(tmp_path, env, epochs=1000)
     wait_for(scripts, "epoch 2/1000")
-    (service,) = services(tmp_path)
+    service = service_of(tmp_path)
     os.kill(service, signal.SIGSTOP)
     os.kill(scripts.child, signal.SIGINT)
-    done = scripts.wait()
+    done = wait()
     os.kill(service, signal.SIGCONT)  # it then sees that its run has ended
     assert done.returncode == 130
     assert "not finished after 3 s: given up" in done.stderr
