@@ -12,16 +12,14 @@ UrbanSound8K is free for non-commercial use (CC BY-NC): J. Salamon, C. Jacoby an
 for Urban Sound Research", 22nd ACM International Conference on Multimedia, Orlando, 2014.
 """
 
-import errno
 import hashlib
-import http.client
 import os
 import re
 import sys
 import tarfile
 import time
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import requests
 import urllib3
@@ -41,7 +39,7 @@ MAX_BYTES = 10e9  # neither the archive nor its unpacked files are as large: mor
 
 TIMEOUT = 60  # s without a byte before a connection counts as lost
 RETRY_SECONDS = 2.0  # s; first wait, doubled with each failure in a row
-MAX_FAILURES = 8  # in a row without a new byte; the waits sum to four minutes
+MAX_FAILURES = 7  # in a row without a new byte; the waits sum to two minutes
 MAX_RETRY_AFTER = 900  # s; a server that asks for a longer wait ends the run
 CHUNK = 1 << 16  # bytes; at most this much is lost with a connection
 
@@ -70,7 +68,7 @@ def progress_bar(total, name, initial=0):
 
 
 class TryAgain(Exception):
-    """A failure that may pass: TryAgain(reason, wait), where wait is the server's Retry-After in s, or None."""
+    """A failure that may pass: TryAgain(reason, wait), where wait is the server's Retry-After in s, 0 without one."""
 
 
 def fetch(url, part):
@@ -81,7 +79,6 @@ def fetch(url, part):
     """
     failures, most = 0, size_of(part)
     while True:
-        wait = None
         try:
             return fetch_rest(url, part)
         except TryAgain as error:
@@ -89,18 +86,15 @@ def fetch(url, part):
         except ValueError as error:  # this URL, or one that the server leads to, is none
             raise UserError(f"can't fetch {url!r} ({root_cause(error)}): name another source with --url") from error
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            reason = f"no connection ({root_cause(error)})"
-            if failures == 0 and isinstance(error, requests.ConnectionError):  # probably no network at all
-                raise UserError(f"{url}: {reason}: check the network, or name another source with --url") from error
+            reason, wait = f"no connection ({root_cause(error)})", 0
         size = size_of(part)
         failures = 1 if size > most else failures + 1
         most = max(size, most)
-        if wait is None:
-            wait = RETRY_SECONDS * 2 ** (failures - 1)
+        wait = max(wait, RETRY_SECONDS * 2 ** (failures - 1))
         if failures == MAX_FAILURES or wait > MAX_RETRY_AFTER:
             raise UserError(
-                f"{url}: {reason}, {failures} times in a row. Run the same command in {wait:g} s or later: "
-                f"it resumes at {size / 1e6:.1f} MB"
+                f"{url}: {reason}, {failures} times in a row. Check the network, or name another source with --url. "
+                f"The same command, in {wait:g} s or later, resumes at {size / 1e6:.1f} MB"
             )
         tqdm.write(f"{reason}; {size / 1e6:.1f} MB are here, next try in {wait:g} s")
         time.sleep(wait)
@@ -115,20 +109,17 @@ def fetch_rest(url, part):
         if status == 416 and size:  # Range Not Satisfiable: all bytes are here, or different ones; the md5 decides
             return
         if status in (408, 425, 429) or status >= 500:
-            raise TryAgain(f"the server answers {status}", whole_number(response.headers.get("Retry-After")))
+            wait = response.headers.get("Retry-After", "")
+            raise TryAgain(f"the server answers {status}", int(wait) if re.fullmatch("[0-9]{1,9}", wait) else 0)
         if status not in (200, 206):
-            reason = http.client.responses.get(status, "no download")
-            raise UserError(f"{url}: the server answers {status} ({reason}): name another source with --url")
+            raise UserError(f"{url}: the server answers {status}: name another source with --url")
         if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {size}-"):
             part.unlink(missing_ok=True)
-            raise TryAgain("the server sends bytes that were not asked for", None)
+            raise TryAgain("the server sends bytes that were not asked for", 0)
         if status == 200 and size:
             tqdm.write("the server can't resume: starting again")
             size = 0
-        length = whole_number(response.headers.get("Content-Length"))  # bytes that follow
-        total = None if length is None else size + length
-        if total and total > MAX_BYTES:
-            raise UserError(f"{url} has {total:.3g} bytes, more than the data set: check --url")
+        total = size + (response.raw.length_remaining or 0)
         with open(part, "ab" if size else "wb") as file, progress_bar(total, part.stem, size) as bar:
             for chunk in response.raw.stream(CHUNK, decode_content=False):  # a .gz stays a .gz
                 file.write(chunk)
@@ -137,16 +128,11 @@ def fetch_rest(url, part):
                     raise UserError(f"{url} sends more bytes than the data set has: check --url, and delete {part}")
 
 
-def whole_number(text):
-    """Return a header's number, or None if it is missing or none."""
-    return int(text) if text and re.fullmatch("[0-9]{1,18}", text) else None
-
-
 def root_cause(error):
-    """Return what led to an exception of requests, as printable text: servers have a say in some messages."""
+    """Return what led to an exception of requests, as one printable line: servers have a say in some messages."""
     while error.__context__:
         error = error.__context__
-    return repr(str(getattr(error, "strerror", None) or error))[1:-1]
+    return utils.one_line(getattr(error, "strerror", None) or error)
 
 
 def md5_of(path):
@@ -157,39 +143,28 @@ def md5_of(path):
 
 def get_file(url, path, md5):
     """Bring a file with this md5 to `path`. A broken one is named and fetched again, once."""
-    part = path.with_name(path.name + ".part")
-    if path.exists():
-        print(f"checking {path}")
-        if md5_of(path) == md5:
-            return
-        print(f"{path} is broken: fetching it again")
-        path.unlink()
-    for attempt in (1, 2):
-        print(f"fetching {url}")
-        fetch(url, part)
-        found = md5_of(part)
-        if found == md5:
+    for _ in range(2):
+        if not path.exists():
+            print(f"fetching {url}")
+            part = path.with_name(path.name + ".part")
+            fetch(url, part)
             os.replace(part, path)
+        found = md5_of(path)
+        if found == md5:
             return
-        part.unlink()
-        if attempt == 1:
-            print(f"{path.name} is broken (md5 {found} instead of {md5}): starting again")
+        path.unlink()
+        print(f"{path} is broken (md5 {found} instead of {md5})")
     raise UserError(f"{url} is broken (md5 {found} instead of {md5}): name another source with --url")
 
 
-# --- Archive -----------------------------------------------------------------------------------------------------
+# --- Data set ----------------------------------------------------------------------------------------------------
 
 
-def unpack(archive, folder, force=False):
-    """Unpack the archive's TOP_FOLDER into `folder`, the table last, so that half a data set never looks complete.
+def unpack(archive, folder):
+    """Unpack the plain files of the archive's TOP_FOLDER into `folder`, over what is there.
 
-    Files that are there at full size are not written again, unless `force`. UserError for a damaged archive, for names
-    that leave the folder, links and devices, and for more bytes than the data set or the disk has.
+    UserError for a damaged archive, names that leave the folder, and more bytes than the data set has.
     """
-    table = folder / METADATA
-    table_part = table.with_name(table.name + ".part")
-    table.parent.mkdir(parents=True, exist_ok=True)
-    table.unlink(missing_ok=True)
     n_bytes = 0
     try:
         with (
@@ -202,28 +177,12 @@ def unpack(archive, folder, force=False):
                 n_bytes += member.size
                 if n_bytes > MAX_BYTES:
                     raise UserError(f"{archive} is refused: it unpacks to more than {MAX_BYTES:.3g} bytes")
-                name = PurePosixPath(member.name)
-                is_plain = (member.isfile() or member.isdir()) and "\0" not in member.name
-                if name.is_absolute() or ".." in name.parts or not is_plain:
-                    raise UserError(f"{archive} is refused: {member.name!r} in it is no plain file below its folder")
-                if name.parts[:1] != (TOP_FOLDER,):
-                    continue
-                path = folder / name.relative_to(TOP_FOLDER)
-                if path == table:
-                    path = table_part
-                if member.isfile() and not force and path.is_file() and path.stat().st_size == member.size:
-                    continue
-                utils.need_space(folder, member.size, f", too little for {member.name!r}: make room")
-                inner = path.relative_to(folder).as_posix()
-                tar.extract(member.replace(name=inner, deep=False), folder, filter="data")
+                top, _, name = member.name.partition("/")
+                if top == TOP_FOLDER and member.isfile():  # no links and devices; a folder comes with its files
+                    tar.extract(member.replace(name=name, deep=False), folder, filter="data")
     except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError) as error:
-        raise UserError(f"{archive} can't be unpacked ({error}). If you delete it, it is fetched again") from error
-    if not table_part.exists():
-        raise UserError(f"{archive} holds no {TOP_FOLDER}/{METADATA}: delete it, and it is fetched again")
-    os.replace(table_part, table)
-
-
-# --- Data set ----------------------------------------------------------------------------------------------------
+        reason = utils.one_line(error)
+        raise UserError(f"{archive} can't be unpacked ({reason}). If you delete it, it is fetched again") from error
 
 
 def soundata_remotes():
@@ -234,17 +193,6 @@ def soundata_remotes():
     return urbansound8k.REMOTES["all"], urbansound8k.INDEXES[urbansound8k.INDEXES["default"]].remote
 
 
-def get_index(folder):
-    """Return the path of soundata's index of md5s in `folder`, or None, with one line, where it can't be had."""
-    _, remote = soundata_remotes()
-    path = folder / remote.filename
-    try:
-        get_file(remote.url, path, remote.checksum)
-        return path
-    except UserError as error:
-        print(f"no index from soundata ({error}). Clips are checked against the table instead")
-
-
 def missing_clips(dataset_dir):
     """Return (names of clips that the table lists and that are missing or empty, number of clips listed)."""
     clips = data_loader.read_clip_table(dataset_dir / METADATA)  # which refuses names and folds that leave the folder
@@ -252,33 +200,22 @@ def missing_clips(dataset_dir):
     return [name for name in names if not size_of(dataset_dir / name)], len(names)
 
 
-def validate_with_soundata(dataset_dir, index_path):
+def broken_files(dataset_dir):
     """Return the names of files that are missing or whose md5 is not the one of soundata's index."""
-    import soundata
-
-    dataset = soundata.initialize("urbansound8k", data_home=str(dataset_dir))
-    dataset.index_path = str(index_path)  # soundata would keep it in its own package folder, writable or not
+    _, remote = soundata_remotes()
+    index = dataset_dir / remote.filename
+    try:
+        get_file(remote.url, index, remote.checksum)
+    except UserError as error:
+        print(f"no index from soundata ({error}). Clips are checked against the table instead")
+        return missing_clips(dataset_dir)[0]
+    dataset = utils.need("soundata", "the download").initialize("urbansound8k", data_home=str(dataset_dir))
+    dataset.index_path = str(index)  # soundata would keep it in its own package folder, writable or not
     broken = []
     for kinds in dataset.validate(verbose=sys.stderr.isatty()):  # missing, then invalid: {kind: {id: [paths]}}
         broken += [path for files in kinds.values() for paths in files.values() for path in paths]
+    index.unlink()
     return sorted(Path(path).relative_to(dataset_dir).as_posix() for path in broken)
-
-
-def unpack_and_validate(archive, dataset_dir, force):
-    """Unpack the archive and validate each file. What is broken is unpacked once more."""
-    index = get_index(dataset_dir)
-    for attempt in (1, 2):
-        unpack(archive, dataset_dir, force and attempt == 1)
-        broken = validate_with_soundata(dataset_dir, index) if index else missing_clips(dataset_dir)[0]
-        if not broken:
-            break
-        print(f"{len(broken)} files are broken, such as {broken[0]}")
-        for name in broken:
-            (dataset_dir / name).unlink(missing_ok=True)
-    else:
-        raise UserError(f"{len(broken)} unpacked files are broken, such as {broken[0]}: check the disk, then run again")
-    if index:
-        index.unlink()
 
 
 def download(dataset_dir, url, force):
@@ -298,24 +235,16 @@ def download(dataset_dir, url, force):
             print(f"complete: {n_clips} clips in {dataset_dir}")
             return
         print(f"{len(missing)} of {n_clips} clips are missing or empty, such as {missing[0]}")
-    files = (archive, archive.with_name(ARCHIVE + ".part"), *dataset_dir.glob("audio/*/*"))
-    here = sum(size_of(path) for path in files)
+    here = sum(size_of(path) for path in dataset_dir.rglob("*"))
     needed = max(DISK_BYTES - here, 0)
     utils.need_space(dataset_dir, needed, f" and needs {needed / 1e6:,.0f} MB: make room, or name another --data_dir")
     remote, _ = soundata_remotes()
     get_file(url or remote.url, archive, remote.checksum)
-    unpack_and_validate(archive, dataset_dir, force)
+    unpack(archive, dataset_dir)
+    if broken := broken_files(dataset_dir):
+        raise UserError(f"{len(broken)} unpacked files are broken, such as {broken[0]}: check the disk, then run again")
     archive.unlink()
     print(f"complete: {missing_clips(dataset_dir)[1]} clips in {dataset_dir}, each validated")
-
-
-def make_demo(dataset_dir, force):
-    """Write the miniature, unless it is there or the folder belongs to the real data set."""
-    for name in (ARCHIVE, ARCHIVE + ".part"):
-        if (dataset_dir / name).exists():
-            raise UserError(f"{dataset_dir / name} belongs to the real data set: name another --data_dir for --demo")
-    is_new = demo_data.make_miniature(dataset_dir, force=force)
-    print(f"{'made' if is_new else 'complete'}: {missing_clips(dataset_dir)[1]} synthetic clips in {dataset_dir}")
 
 
 def main():
@@ -323,16 +252,12 @@ def main():
     dataset_dir = utils.folder(args.data_dir, args.assets_dir, config.DATASET_DIR)
     try:
         with utils.only_one(dataset_dir, "download_data.py"):
-            if args.demo:
-                make_demo(dataset_dir, args.force)
-            else:
-                download(dataset_dir, args.url, args.force)
+            if not args.demo:
+                return download(dataset_dir, args.url, args.force)
+            state = "made" if demo_data.make_miniature(dataset_dir, force=args.force) else "complete"
+            print(f"{state}: {missing_clips(dataset_dir)[1]} synthetic clips in {dataset_dir}")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"Stopped. The same command {'starts again' if args.demo else 'resumes'}.") from None
-    except OSError as error:
-        remedy = "make room" if error.errno == errno.ENOSPC else "check that folder"
-        reason = f"{error.filename or dataset_dir}: {error.strerror or error}"
-        raise UserError(f"{reason}: {remedy}, or name another --data_dir") from error
 
 
 if __name__ == "__main__":
