@@ -9,9 +9,8 @@ import time
 class Server(http.server.ThreadingHTTPServer):
     """Serves `content`, with Range. Each request takes the next of `moods`; with none left, all goes well.
 
-    Moods: ("drop", n) closes after n bytes; ("stall", n) falls silent after n; ("slow",); ("no range",);
-    ("wrong byte",) flips a bit in the middle; ("raw", bytes) sends these bytes alone. A path that ends in .json gets
-    `index`, without a mood.
+    Moods: ("drop", n) closes after n bytes; ("stall", n) falls silent after n; ("slow", None); ("raw", bytes) sends
+    these bytes alone. A path that ends in .json gets `index`, without a mood.
     """
 
     def __init__(self, content, index=b""):
@@ -31,14 +30,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content = self.server.content
         start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
         self.server.offsets.append(start)
-        mood, value = (*(self.server.moods.pop(0) if self.server.moods else ("well",)), None)[:2]
+        mood, value = self.server.moods.pop(0) if self.server.moods else ("well", None)
         if mood == "raw":
             return self.wfile.write(value)
-        if mood == "wrong byte":
-            middle = len(content) // 2
-            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        if mood == "no range":
-            start = 0
         if start >= len(content):
             return self.wfile.write(b"HTTP/1.1 416 \r\n\r\n")
         self.answer(content, start, value, step=50_000 if mood == "slow" else len(content))

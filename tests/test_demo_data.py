@@ -1,7 +1,5 @@
 """The miniature: layout, formats, determinism and interruptions. 02_demo.sh trains on it."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -61,23 +59,20 @@ def test_make_miniature_writes_the_same_bytes_again_only_where_needed(tmp_path):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("stop, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_stopped_demo_never_looks_complete(run_script, tmp_path, stop, status):
-    process = subprocess.Popen([sys.executable, SCRIPT, "--demo", "--data_dir", tmp_path], stderr=subprocess.PIPE)
+def test_killed_demo_never_looks_complete(run_script, tmp_path):
+    process = subprocess.Popen([sys.executable, SCRIPT, "--demo", "--data_dir", tmp_path])
     while process.poll() is None and len(list(tmp_path.glob("audio/fold1/*.wav"))) < 5:
         time.sleep(0.01)
-    os.kill(process.pid, stop)
-    _, errors = process.communicate()
-    assert process.returncode == status and b"Traceback" not in errors
+    process.kill()
+    process.wait()
     assert demo_data.holds_miniature(tmp_path) and not (tmp_path / "metadata" / "UrbanSound8K.csv").exists()
     for word in ("made", "complete"):
         assert f"{word}: 300 synthetic" in run_script("download_data.py", "--demo", "--data_dir", tmp_path).stdout
 
 
 def test_demo_on_full_disk_is_one_line(run_script, tmp_path):
-    path = tmp_path / "audio" / "fold1" / demo_data.plan_miniature()["slice_file_name"][0]
-    path.parent.mkdir(parents=True)
-    path.symlink_to("/dev/full")
+    (tmp_path / "audio" / "fold1").mkdir(parents=True)
+    (tmp_path / "audio" / "fold1" / "900001-0-0-0.wav").symlink_to("/dev/full")
     done = run_script("download_data.py", "--demo", "--data_dir", tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "No space left on device: make room" in done.stderr
