@@ -1,9 +1,7 @@
 """Speed, as ratios to named references that are measured in the same run, on this machine's CPU.
 
-    python -m benchmarks.speed                                   # every stage, about six minutes on 2 cores
-    python -m benchmarks.speed --stage train                     # preprocess, train, predict or scale alone
-    python -m benchmarks.speed --clips ~/UrbanSound8K/audio      # preprocess published clips instead of noise
-    python -m benchmarks.speed --json                            # a JSON object instead of the table
+    python -m benchmarks.speed                                   # every stage, about four minutes on 2 cores
+    python -m benchmarks.speed --stage train                     # preprocess, train or predict alone
 
 Prints a table: what was timed, its reference, both times, the ratio, and the goal. Ours and the reference take turns,
 and each time is the median of its turns: a machine that is busy with something else slows both. benchmarks/README.md
@@ -14,7 +12,6 @@ import concurrent.futures
 import contextlib
 import functools
 import io
-import json
 import multiprocessing
 import os
 import platform
@@ -55,8 +52,6 @@ CLIPS_PER_TASK = 8  # clips that a worker process takes at once
 STEPS = 12  # training steps per turn
 EPOCH_CLIPS = 960  # training clips of the epochs that are timed: 30 whole batches
 FULL_SIZE = 8_732  # clips of UrbanSound8K
-START_CLIPS = 200  # of the data set whose preprocessing time is that of starting; it is subtracted
-SCALES = (4_000, 40_000)  # clips
 CLIP_RATE = 44_100  # Hz; stereo, 16 bit
 
 
@@ -115,17 +110,6 @@ def write_clip(folder):
     return folder / "clip.wav"
 
 
-def write_data_set(folder, n_clips):
-    """Write a data set of n clips: one file under n names."""
-    for name in ("metadata", *(f"audio/fold{fold}" for fold in range(1, 11))):
-        (folder / name).mkdir(parents=True)
-    clips = clip_table(1 + np.arange(n_clips) % 10)
-    clips.to_csv(folder / "metadata" / "UrbanSound8K.csv", index=False)
-    clip = write_clip(folder)
-    for name, fold in zip(clips["slice_file_name"], clips["fold"], strict=True):
-        os.link(clip, folder / "audio" / f"fold{fold}" / name)
-
-
 # --- Preprocessing -----------------------------------------------------------------------------------------------
 
 
@@ -162,12 +146,9 @@ def torchaudio_clip(path):
     return torchaudio_transforms(rate)(torch.from_numpy(samples.mean(axis=1))).numpy()  # (n_mels, frames)
 
 
-def benchmark_preprocess(folder, clips_dir=None):
+def benchmark_preprocess(folder):
     """Yield rows: milliseconds a clip, by one process each and by all cores together."""
-    paths = sorted(Path(clips_dir).rglob("*.wav")) if clips_dir else [write_clip(folder)]
-    if not paths:
-        raise utils.UserError(f"no .wav below {clips_dir}: name a folder of clips with --clips")
-    paths = (paths * (CLIPS_PER_TURN // len(paths) + 1))[:CLIPS_PER_TURN]
+    paths = [write_clip(folder)] * CLIPS_PER_TURN
     few = paths[: CLIPS_PER_TURN // 8]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of torchaudio: one core each
@@ -181,10 +162,10 @@ def benchmark_preprocess(folder, clips_dir=None):
     torch.set_num_threads(threads)
     by_librosa, by_torchaudio, alone = (1e3 * seconds / len(few) for seconds in (by_librosa, by_torchaudio, alone))
     together = 1e3 * together / len(paths)
-    what = f"preprocess a clip{' of --clips' if clips_dir else ''}, {{}}".format
-    yield row(what(f"{config.WORKERS} processes"), "librosa, one process", together, by_librosa, "≥ 5 ×")
-    yield row(what("one process"), "librosa, one process", alone, by_librosa)
-    yield row(what("one process"), "torchaudio's MelSpectrogram, one process", alone, by_torchaudio)
+    what = f"preprocess a clip, {config.WORKERS} processes"
+    yield row(what, "librosa, one process", together, by_librosa, "≥ 5 ×")
+    yield row("the same, one process", "librosa, one process", alone, by_librosa)
+    yield row("the same, one process", "torchaudio's MelSpectrogram, one process", alone, by_torchaudio)
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -318,7 +299,7 @@ def benchmark_train(folder):
     yield from benchmark_memory(folder / "full")
 
 
-# --- Prediction and scale ----------------------------------------------------------------------------------------
+# --- Prediction --------------------------------------------------------------------------------------------------
 
 
 def benchmark_predict(folder):
@@ -332,38 +313,9 @@ def benchmark_predict(folder):
     yield row("predict.py on a 4 s clip, whole command", "python -c 'import torch'", ours, bare, "≤ 1.3 ×", "s", False)
 
 
-def seconds_at_scale(folder, n_clips):
-    """Return seconds (to preprocess a data set of n clips as a command, to train one of its examples)."""
-    (folder / "set").mkdir(parents=True)
-    write_data_set(folder / "set", n_clips)
-    start = time.perf_counter()
-    run_command("preprocess_data.py", "--data_dir", folder / "set", "--assets_dir", folder)
-    preprocessing = time.perf_counter() - start
-    fold, run = make_fold(folder, data_loader.load_processed(folder / "data"))
-    start = time.perf_counter()
-    one_epoch(fold, run)
-    return preprocessing, (time.perf_counter() - start) / len(fold.training)
-
-
-def benchmark_scale(folder):
-    """Yield rows: cost of a clip and of an example for ten times the data."""
-    start, _ = seconds_at_scale(folder / "start", START_CLIPS)  # also compiles the loops of kernels.py
-    costs = []
-    for n_clips in SCALES:
-        preprocessing, example = seconds_at_scale(folder / str(n_clips), n_clips)
-        costs.append([1e3 * (preprocessing - start) / (n_clips - START_CLIPS), 1e3 * example])
-    for what, few, many in zip(("preprocess a clip", "train on an example"), *costs, strict=True):
-        yield row(f"{what} of {SCALES[1]:,}", f"of {SCALES[0]:,}", many, few, "≤ 1.1 ×", faster=False)
-
-
 # --- The table ---------------------------------------------------------------------------------------------------
 
-STAGES = {
-    "preprocess": benchmark_preprocess,
-    "train": benchmark_train,
-    "predict": benchmark_predict,
-    "scale": benchmark_scale,
-}
+STAGES = {"preprocess": benchmark_preprocess, "train": benchmark_train, "predict": benchmark_predict}
 
 
 def row(what, reference, ours, theirs, goal="", unit="ms", faster=True):
@@ -391,29 +343,16 @@ def machine():
     return f"{name}, {config.WORKERS} cores, {torch.backends.cpu.get_cpu_capability()}{bf16}, {versions}"
 
 
-def parse_args():
+def main():
     parser = utils.make_parser(__doc__)
     parser.add_argument("--stage", choices=STAGES, help="one stage alone (default: all)")
-    parser.add_argument("--clips", metavar="DIR", help="preprocess the .wav files below this folder")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     utils.keep_freed_memory()
-    rows = []
-    if not args.json:
-        print(f"{machine()}\n\n| what | reference | ours | reference's | ratio | goal |\n|---|---|---|---|---|---|")
+    print(f"{machine()}\n\n| what | reference | ours | reference's | ratio | goal |\n|---|---|---|---|---|---|")
     for stage in [args.stage] if args.stage else STAGES:
-        options = {"clips_dir": args.clips} if stage == "preprocess" else {}
         with tempfile.TemporaryDirectory() as folder:
-            for values in STAGES[stage](Path(folder), **options):
-                rows.append({"stage": stage, **values})
-                if not args.json:
-                    print(format_row(values), flush=True)
-    if args.json:
-        print(json.dumps({"machine": machine(), "rows": rows}, ensure_ascii=False))
+            for values in STAGES[stage](Path(folder)):
+                print(format_row(values), flush=True)
 
 
 if __name__ == "__main__":
