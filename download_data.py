@@ -161,11 +161,11 @@ def get_file(url, path, md5):
 
 
 def unpack(archive, folder):
-    """Unpack the plain files of the archive's TOP_FOLDER into `folder`, over what is there.
+    """Unpack the plain files of the archive's TOP_FOLDER into `folder`, over what is there, the table last.
 
     UserError for a damaged archive, names that leave the folder, and more bytes than the data set has.
     """
-    n_bytes = 0
+    n_bytes, table = 0, folder / f"{METADATA}.new"
     try:
         with (
             open(archive, "rb") as raw,
@@ -179,10 +179,15 @@ def unpack(archive, folder):
                     raise UserError(f"{archive} is refused: it unpacks to more than {MAX_BYTES:.3g} bytes")
                 top, _, name = member.name.partition("/")
                 if top == TOP_FOLDER and member.isfile():  # no links and devices; a folder comes with its files
+                    name += ".new" * (name == METADATA)  # with it in its place, the data set would look complete
                     tar.extract(member.replace(name=name, deep=False), folder, filter="data")
+        if table.is_file():
+            os.replace(table, folder / METADATA)
     except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError) as error:
         reason = utils.one_line(error)
         raise UserError(f"{archive} can't be unpacked ({reason}). If you delete it, it is fetched again") from error
+    finally:
+        table.unlink(missing_ok=True)
 
 
 def soundata_remotes():

@@ -92,4 +92,4 @@ def _is_miniature(names):
 
 
 def _settings_table(settings):
-    return tables.table(["setting", "value"], [[f"`{name}`", value] for name, value in settings.items()], left=(0, 1))
+    return tables.table(["setting", "value"], [[name, value] for name, value in settings.items()], left=(0, 1))

@@ -405,7 +405,7 @@ def test_data_card_states_counts_licence_and_what_is_missing(processed):
     text = re.sub(r"\|[ ]+", "| ", text)
     for words in (
         "12 of its 8,732 clips of 3 classes",
-        "| `sample_rate` | 22050 |",
+        "| sample_rate | 22050 |",
         "| car_horn | 1 | 1 | 1 | 1 | 4 |",
         "| all | 3 | 3 | 3 | 3 | 12 |",
         "1 left out as missing or unreadable: 100-0-0-1.wav",
