@@ -41,13 +41,30 @@ def compare(dir_a, dir_b, processed_dir=None):
     if (is_odd := both["class_a"] != both["class_b"]).any():
         odd = both[is_odd].iloc[0]
         raise UserError(f"{odd.name} is {odd['class_a']} in {dir_a} and {odd['class_b']} in {dir_b}: test one again")
-    values = metrics.paired_test(both["right_a"].to_numpy(), both["right_b"].to_numpy())
+    values = {
+        "clips": len(both),
+        "accuracy_a": float(both["right_a"].mean()),
+        "accuracy_b": float(both["right_b"].mean()),
+    }
+    values |= mcnemar(both["right_a"], both["right_b"])
     classes = [
         {"class": name, "clips": len(rows), "a": float(rows["right_a"].mean()), "b": float(rows["right_b"].mean())}
         for name, rows in both.groupby("class_a")
     ]
     values["classes"] = sorted(classes, key=lambda row: -abs(row["b"] - row["a"]))  # of equals, by name
     return tables.compare_text((dir_a, dir_b), results, values), values
+
+
+def mcnemar(right_a, right_b):
+    """Return {"only_a", "only_b", "p_value"} of McNemar's test: what matters is what one of two runs alone got right.
+
+    right_a, right_b: (clips,) bools. p is that of an exact two-sided binomial test of only_a : only_b against 1/2.
+    """
+    from scipy import stats  # takes a second
+
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    p_value = float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return {"only_a": only_a, "only_b": only_b, "p_value": p_value}
 
 
 def parse_args():

@@ -72,13 +72,12 @@ class Answer:
         edges, distributions = self.parts
         is_silent = np.isnan(distributions[:, 0])
         classes = np.where(is_silent, -1, np.nan_to_num(distributions).argmax(axis=1))
-        firsts = [0, *(np.flatnonzero(np.diff(classes)) + 1)]
+        starts = np.flatnonzero(np.diff(classes, prepend=-2))  # of the runs of one class
         rows = []
-        for first, after in zip(firsts, [*firsts[1:], len(classes)], strict=True):
+        for first, after in itertools.pairwise([*starts, len(classes)]):
             name, confidence = SILENCE, 1.0
             if classes[first] >= 0:
-                name = self.class_names[classes[first]]
-                lengths = np.diff(edges[first : after + 1])
+                name, lengths = self.class_names[classes[first]], np.diff(edges[first : after + 1])
                 confidence = float(np.average(distributions[first:after, classes[first]], weights=lengths))
             rows.append((float(edges[first]), float(edges[after]), name, confidence))
         return rows
@@ -182,24 +181,23 @@ def known_clip_note(path, infos, assets_dir, processed_dir=None):
     """Return a line on what the models' answer to a recording is worth if that is a clip of the data set, else None.
 
     path: of the recording; infos: metadata of the models that answer; processed_dir: the folder of clips.csv. A model
-    has met the clip if its training folds have it, or if the clip is of a fold that neither trained nor tested the
-    model: that one has chosen its epoch.
+    has met the clip if its training folds have it, or if the clip's fold neither trained nor tested it: that one has
+    chosen its epoch.
     """
     fold = known_fold(path, assets_dir, processed_dir)
     if fold is None:
         return None
-    own = fold - 1  # as --fold_num counts
     what = f"a clip of the data set's fold {fold}"
     if not all(isinstance(info.get("fold"), int) and isinstance(info.get("training_folds"), list) for info in infos):
         return f"{what}; the model does not say on which folds it was trained"
-    trained = [info["fold"] for info in infos if fold in info["training_folds"]]
-    chose = [info["fold"] for info in infos if info["fold"] not in (own, *trained)]
-    if not trained and not chose:
+    trained = [fold in info["training_folds"] for info in infos]
+    tested = [fold == info["fold"] + 1 for info in infos]
+    if not any(trained) and all(tested):
         return f"{what}, which this model has not trained on"
-    how = "this model trained on it" if trained else "this model has chosen its epoch with it"
+    how = "this model trained on it" if any(trained) else "this model has chosen its epoch with it"
     if len(infos) > 1:
-        how = f"{len(trained)} of {len(infos)} models trained on it"
-    return f"{what}: {how}, so the answer is too good; --fold_num {own} has never heard it"
+        how = f"{sum(trained)} of {len(infos)} models trained on it"
+    return f"{what}: {how}, so the answer is too good; --fold_num {fold - 1} has never heard it"
 
 
 def known_fold(path, assets_dir, processed_dir=None):

@@ -18,18 +18,14 @@ BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#666666"
 DOT = {"linestyle": "", "marker": "o", "color": "white", "markeredgecolor": "black", "markersize": 6, "clip_on": False}
 DPI = 150  # pixels per inch
 MAX_NUMBERED = 20  # classes; the cells of a larger matrix are too small for numbers
-CURVES_A_ROW = 5  # folds
 MAX_LABEL = 60  # characters
 MAX_COLUMNS = 2000  # of the picture of a recording; more frames are averaged
-TICKS_MINUTES = (0.5, 1, 2, 5, 10, 30, 60, 120)
 TICKS_HZ = (100, 500, 1000, 2000, 5000, 10_000, 20_000)
 STYLE = {  # sizes in points
+    "font.size": 13,
     "figure.titlesize": 17,
     "axes.titlesize": 15,
     "axes.labelsize": 15,
-    "xtick.labelsize": 13,
-    "ytick.labelsize": 13,
-    "legend.fontsize": 13,
     "legend.frameon": False,
     "lines.linewidth": 2.5,
     "axes.axisbelow": True,
@@ -88,36 +84,28 @@ def draw_confusion_matrix(path, results, title):
     if len(names) <= MAX_NUMBERED:
         for row, column in zip(*np.nonzero(clips), strict=True):
             share = 100 * shares[row, column]
-            text = f"{share:.0f}" if share >= 0.5 else "<1"
-            axes.text(
-                column, row, text, ha="center", va="center", fontsize=15, color="white" if share > 50 else "black"
-            )
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
-    bar.set_label("% of the true class")
+            text, color = f"{share:.0f}" if share >= 0.5 else "<1", "white" if share > 50 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=15, color=color)
+    figure.colorbar(image, ax=axes, shrink=0.8).set_label("% of the true class")
     save(figure, path)
 
 
 @own_style()
 def draw_classes(path, results, title):
-    """Draw a bar of F1 and one of recall for each class over all clips, and a dot for each fold; best class on top."""
+    """Draw F1 and recall of each class over all clips as bars, and each fold's recall as a dot; best class on top."""
     scores = results["per_class"]
     names = sorted(scores, key=lambda name: -1 if scores[name]["f1"] is None else scores[name]["f1"])
     figure = new_figure(11, max(4, 1.5 + 0.75 * len(names)), title)
     axes = figure.add_subplot()
-    many = results["folds_present"] > 1
+    rows = np.arange(len(names))
     for score, offset, colour, text in (("f1", 0.2, BLUE, "F1"), ("recall", -0.2, ORANGE, "recall")):
-        places = np.arange(len(names)) + offset
         values = [100 * (scores[name][score] or 0) for name in names]
-        axes.barh(places, values, height=0.38, color=colour, label=text)
-        if not many:
-            continue
-        for place, name in zip(places, names, strict=True):
-            folds = [100 * value for value in results["agreement"]["per_class"][name][score] if value is not None]
-            axes.plot(folds, [place] * len(folds), **DOT)
-    if many:
-        axes.plot([], [], label="one fold", **DOT)
-    rows = [label(name) + ("" if scores[name]["clips"] else " (no clips)") for name in names]
-    axes.set_yticks(range(len(names)), rows)
+        axes.barh(rows + offset, values, height=0.38, color=colour, label=text)
+    if results["folds_present"] > 1:
+        recalls = np.array([results["recall_per_fold"][name] for name in names], float)  # (classes, folds); None is NaN
+        axes.plot(100 * recalls, rows - 0.2, **DOT)
+        axes.plot([], [], label="recall of one fold", **DOT)
+    axes.set_yticks(rows, [label(name) + ("" if scores[name]["clips"] else " (no clips)") for name in names])
     axes.set_xlim(0, 102)
     axes.set_xlabel("%")
     axes.grid(axis="x")
@@ -127,100 +115,57 @@ def draw_classes(path, results, title):
 
 @own_style()
 def draw_reliability(path, results, title):
-    """Draw accuracy against confidence, before and (if there is one) after the temperature, and what is answered.
+    """Draw accuracy against confidence, before and (if there is one) after the temperature.
 
-    Below each of the first two, how many of the clips have that confidence.
+    Below each, how many of the clips have that confidence.
     """
     parts = {name: results["confidence"][name] for name in ("before", "after") if results["confidence"][name]}
-    columns = len(parts) + 1
-    figure = new_figure(1 + 5 * columns, 7, title)
-    grid = figure.add_gridspec(2, columns, height_ratios=(3, 1))
-    for column, (name, values) in enumerate(parts.items()):
-        upper, lower = (figure.add_subplot(grid[row, column]) for row in (0, 1))
-        draw_bins(upper, lower, values["bins"])
+    figure = new_figure(max(8, 6 * len(parts)), 8, title)
+    grid = figure.subplots(2, len(parts), sharex=True, squeeze=False, height_ratios=(3, 1))  # (2, parts) axes
+    for (upper, lower), (name, values) in zip(grid.T, parts.items(), strict=True):
+        bins = values["bins"]
+        width = 100 * (bins[0]["to"] - bins[0]["from"])
+        middles = [50 * (row["from"] + row["to"]) for row in bins]
+        upper.bar(middles, [100 * row["accuracy"] for row in bins], 0.9 * width, color=BLUE, label="accuracy")
+        upper.plot([0, 100], [0, 100], color=ORANGE, linestyle="--", label="as it should be")
+        lower.bar(middles, [100 * row["clips"] / results["clips"] for row in bins], 0.9 * width, color=GREY)
         upper.set_title(f"{name} temperature: ECE {100 * values['ece']:.1f} %")
-        if column == 0:
-            upper.set_ylabel("accuracy, %")
-            lower.set_ylabel("% of clips")
-            upper.legend(loc="upper left")
-    draw_answered(figure.add_subplot(grid[:, -1]), parts)
+        lower.set_xlabel("confidence, %")
+        upper.set_ylim(0, 100)
+        lower.set_xlim(0, 100)
+    grid[0, 0].set_ylabel("accuracy, %")
+    grid[1, 0].set_ylabel("% of clips")
+    grid[0, 0].legend(loc="upper left")
     save(figure, path)
-
-
-def draw_bins(upper, lower, bins):
-    """Draw the bins of a reliability diagram: accuracy above, share of clips below."""
-    middles = [50 * (row["from"] + row["to"]) for row in bins]
-    width = 100 / len(bins)
-    upper.bar(middles, [100 * (row["accuracy"] or 0) for row in bins], 0.9 * width, color=BLUE, label="accuracy")
-    upper.plot([0, 100], [0, 100], color="black", linestyle="--", linewidth=2, label="as it should be")
-    total = sum(row["clips"] for row in bins)
-    lower.bar(middles, [100 * row["clips"] / total for row in bins], 0.9 * width, color=GREY)
-    lower.set_xlabel("confidence, %")
-    upper.set_ylim(0, 100)
-    for axes in (upper, lower):
-        axes.set_xlim(0, 100)
-        axes.grid(axis="y")
-
-
-def draw_answered(axes, parts):
-    """Draw accuracy against the share of clips answered; parts: {"before" and perhaps "after": its values}."""
-    styles = {"before": {"color": ORANGE, "linestyle": "--"}, "after": {"color": BLUE}}
-    for name, values in parts.items():
-        shares = [100 * row["share"] for row in values["answered"]]
-        accuracies = [100 * row["accuracy"] for row in values["answered"]]
-        axes.plot(shares, accuracies, label=f"{name} temperature", **styles[name])
-    axes.set_title("the least sure left out")
-    axes.set_xlabel("% of clips answered")
-    axes.set_ylabel("accuracy of the answers, %")
-    axes.set_xlim(100, 0)
-    axes.set_ylim(0, 102)
-    axes.grid()
-    axes.legend(loc="lower right")
 
 
 @own_style()
 def draw_curves(path, results, title, histories):
-    """Draw accuracy and loss over the epochs, training and validation, a column of two axes for each fold.
+    """Draw accuracy and loss over the epochs, training and validation: a line for each fold, a dot where it was tested.
 
-    histories: {fold: {column of history_fold_<k>.csv: (epochs,) floats}}. The epoch that was tested is marked.
+    histories: {fold: {column of history_fold_<k>.csv: (epochs,) floats}}.
     """
+    figure = new_figure(13, 6, title)
+    both = figure.subplots(1, 2)
     best_epochs = {row["fold"]: row["best_epoch"] for row in results["per_fold"]}
-    columns = min(len(histories), CURVES_A_ROW)
-    groups = -(-len(histories) // CURVES_A_ROW)
-    losses = np.concatenate(
-        [history[f"{part}_loss"] for history in histories.values() for part in ("train", "validation")]
-    )
-    tops = {"accuracy": 100, "loss": 1.05 * losses[np.isfinite(losses)].max(initial=1e-3)}  # the same for all folds
-    figure = new_figure(max(9, 3 * columns), 1.2 + 5 * groups, title)
-    grid = figure.subplots(2 * groups, columns, squeeze=False, sharex=True)  # (2 * groups, columns) axes
-    for index in range(groups * columns):
-        pair = [grid[2 * (index // columns) + row, index % columns] for row in (0, 1)]
-        if index >= len(histories):
-            for axes in pair:
-                axes.set_axis_off()
-            continue
-        fold = list(histories)[index]
-        for axes, quantity, scale in zip(pair, ("accuracy", "loss"), (100, 1), strict=True):
-            for part, style in (("train", {"color": BLUE}), ("validation", {"color": ORANGE, "linestyle": "--"})):
-                values = scale * histories[fold][f"{part}_{quantity}"]
-                if np.isfinite(values).any():
-                    marker = "o" if len(values) == 1 else None  # a line needs two epochs
-                    axes.plot(histories[fold]["epoch"], values, marker=marker, label=part, **style)
-            if best_epochs[fold] is not None:
-                axes.axvline(best_epochs[fold], color=GREY, linestyle=":", linewidth=2, label="tested epoch")
-            axes.set_ylim(0, tops[quantity])
-            axes.grid()
-            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        pair[0].set_title(f"fold {fold}")
-        pair[1].set_xlabel("epoch")
-        pair[1].tick_params(labelbottom=True)
-        if index % columns == 0:
-            pair[0].set_ylabel("accuracy, %")
-            pair[1].set_ylabel("loss")
-    handles = {
-        text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    parts = {"train": {"color": BLUE}, "validation": {"color": ORANGE, "linestyle": "--"}}
+    for axes, quantity, text, scale in zip(both, ("accuracy", "loss"), ("accuracy, %", "loss"), (100, 1), strict=True):
+        for part, style in parts.items():
+            for fold, history in histories.items():
+                epochs, values = history["epoch"], scale * history[f"{part}_{quantity}"]
+                is_finite = np.isfinite(values)
+                axes.plot(epochs[is_finite], values[is_finite], linewidth=1.5, **style)
+                is_tested = is_finite & (epochs == best_epochs[fold])
+                axes.plot(epochs[is_tested], values[is_tested], marker="o", **style)
+            if any(np.isfinite(history[f"{part}_{quantity}"]).any() for history in histories.values()):
+                axes.plot([], [], label=part, **style)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(text)
+        axes.set_ylim(0, 100 if quantity == "accuracy" else None)
+        axes.grid()
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    both[0].plot([], [], label="tested epoch", linestyle="", marker="o", color=GREY)
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save(figure, path)
 
 
@@ -270,12 +215,9 @@ def draw_recording(path, name, answer, sketch):
     draw_probabilities(figure, classes, answer)
     for axes in (wave, mel, classes):
         axes.set_xlim(0, answer.seconds)
-    in_minutes = answer.seconds > 120
-    if in_minutes:
-        step = next((step for step in TICKS_MINUTES if answer.seconds <= 600 * step), TICKS_MINUTES[-1])
-        ticks = np.arange(0, answer.seconds, 60 * step)
-        classes.set_xticks(ticks, [f"{tick / 60:g}" for tick in ticks])
-    classes.set_xlabel("time, min" if in_minutes else "time, s")
+    if answer.seconds > 120:
+        classes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds // 60:.0f}:{seconds % 60:02.0f}")
+    classes.set_xlabel("time, min:s" if answer.seconds > 120 else "time, s")
     save(figure, path)
 
 
@@ -328,10 +270,8 @@ def draw_explanation(path, name, answer, models, sketch):
     plain, marked = figure.subplots(2, 1, sharex=True, sharey=True)
     draw_log_mel(figure, plain, features.astype(np.float32), audio, times)
     plain.set_title("log-mel spectrogram")
-    extent = (*times, 0, audio.n_mels)
-    image = marked.imshow(
-        maps.mean(dim=0).numpy(), cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent
-    )
+    heat, extent = maps.mean(dim=0).numpy(), (*times, 0, audio.n_mels)
+    image = marked.imshow(heat, cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent)
     figure.colorbar(image, ax=marked, pad=0.01).set_label("weight in the decision")
     marked.set_title("Grad-CAM: the brighter, the more it speaks for the class")
     marked.set_ylabel("frequency, Hz")

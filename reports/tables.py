@@ -23,7 +23,6 @@ PROTOCOLS = {
     "test_fold": "the test fold itself chose the epoch, so these numbers are higher than the truth",
     None: "no run.json says how the epochs were chosen, so these numbers may be higher than the truth",
 }
-SHARES_LISTED = (1, 0.9, 0.8, 0.7, 0.5)  # of the clips answered
 
 
 # --- The files ---------------------------------------------------------------------------------------------------
@@ -139,30 +138,23 @@ def report_text(results):
         f"They speak for {coverage(results)} of the data set at hand. "
         + (f"Published results are means over all {all_folds} folds: this is a part. " if is_part else "")
         + f"Protocol: {PROTOCOLS[results['protocol']]}. Over all clips together: "
-        f"accuracy {percent(results['accuracy_all_clips'])}, macro F1 {percent(results['macro_f1'])}.",
+        f"accuracy {percent(results['accuracy_all_clips'])}, macro F1 {percent(results['macro_f1'])}; accuracy in the "
+        f"foreground {percent(results['foreground_accuracy'])}, background {percent(results['background_accuracy'])}.",
         f"## {folds_table(results)}",
         "The 95 % interval is Student's t, which takes the folds as independent. They share training clips, so it is a "
         "little too narrow.",
     ]
     sections = {
         "Classes": [classes_table(results), "![F1 and recall of each class](per_class.png)"],
-        "Foreground and background": [salience_table(results)],
         "Worst confusions": [confusions_table(results)],
-        **({"Recordings": [recordings_text(results), recordings_table(results)]} if results["recordings"] else {}),
+        **({"Recordings": [recordings_text(results)]} if results["recordings"] else {}),
         "Confusion matrix": [
             "Clips: rows are the true classes, columns the predicted ones, in the order of classID.",
             matrix_table(results),
             "![Confusion matrix](confusion_matrix.png)",
         ],
-        "Agreement of folds": [agreement_text(results), agreement_table(results)],
+        "Confidence": [confidence_text(results), "![Accuracy against confidence](reliability.png)"],
     }
-    sections["Confidence"] = [
-        confidence_text(results),
-        confidence_table(results),
-        answered_text(results),
-        answered_table(results),
-        "![Accuracy against confidence, and against the share of clips answered](reliability.png)",
-    ]
     if "curves.png" in results["files"]:
         sections["Training"] = ["![Accuracy and loss of every epoch](curves.png)"]
     if results["run"]:
@@ -179,14 +171,6 @@ def classes_table(results):
     return table(["class", "clips", "precision", "recall", "F1"], rows)
 
 
-def salience_table(results):
-    rows = [
-        [where, results[f"{where}_clips"], percent(results[f"{where}_accuracy"])]
-        for where in ("foreground", "background")
-    ]
-    return table(["salience", "clips", "accuracy"], rows)
-
-
 def confusions_table(results):
     if not results["worst_confusions"]:
         return "None: every clip was classified right."
@@ -198,26 +182,15 @@ def confusions_table(results):
 
 
 def recordings_text(results):
-    """Return in words how many independent sounds the clips come from, and the accuracy over those."""
-    recordings, clips = results["recordings"], results["clips"]
-    shown = recordings["most_errors"]
-    wrong = round(clips * (1 - results["accuracy_all_clips"]))
-    text = (
-        f"The {clips:,} clips were cut from {recordings['count']:,} recordings, whose clips are alike and tend to be "
-        f"right or wrong together. With every recording counted once, accuracy is {percent(recordings['accuracy'])}."
+    """Return in words how many independent sounds the clips come from, with a table of those with most errors."""
+    recordings = results["recordings"]
+    header = ["recording (fsID)", "class", "clips", "wrong"]
+    rows = [row.values() for row in recordings["most_errors"]]
+    return (
+        f"The {results['clips']:,} clips were cut from {recordings['count']:,} recordings, whose clips are alike and "
+        "tend to be right or wrong together. With every recording counted once, accuracy is "
+        f"{percent(recordings['accuracy'])}. Those with most errors:\n\n{table(header, rows, left=(0, 1))}"
     )
-    if not shown:
-        return text
-    share = sum(row["wrong"] for row in shown) / wrong
-    return f"{text} The recordings below make {percent(share)} of the {wrong:,} errors."
-
-
-def recordings_table(results):
-    rows = results["recordings"]["most_errors"]
-    if not rows:
-        return "None has an error."
-    header = ["recording (fsID)", "class", "clips", "wrong", "most taken for"]
-    return table(header, [[*row.values()] for row in rows], left=(0, 1, 4))
 
 
 def matrix_table(results):
@@ -226,75 +199,21 @@ def matrix_table(results):
     return table(["true", *range(len(names))], rows)
 
 
-def agreement_text(results):
-    """Return in words how far the folds agree."""
-    agreement, rows = results["agreement"], results["per_fold"]
-    name = agreement["most_varied_class"]
-    if name is None:
-        return "No class has a recall that differs between folds here."
-    worst, best = (pick(rows, key=lambda row: row["accuracy"]) for pick in (min, max))
-    recalls = zip(agreement["per_class"][name]["recall"], rows, strict=True)
-    recalls = [(recall, row["fold"]) for recall, row in recalls if recall is not None]
-    (low, low_fold), (high, high_fold) = min(recalls), max(recalls)
-    return (
-        f"Accuracy runs from {percent(worst['accuracy'])} (fold {worst['fold']}) to {percent(best['accuracy'])} (fold "
-        f"{best['fold']}). The recall of a class varies by {percent(agreement['mean_recall_std'], unit='')} points "
-        f"(standard deviation over folds, mean of the classes), that of {escape(name)} most: from {percent(low)} "
-        f"(fold {low_fold}) to {percent(high)} (fold {high_fold})."
-    )
-
-
-def agreement_table(results):
-    rows = [
-        [name, *(percent(recall, unit="") for recall in (*scores["recall"], scores["recall_std"]))]
-        for name, scores in results["agreement"]["per_class"].items()
-    ]
-    return table(["recall, %", *(f"fold {row['fold']}" for row in results["per_fold"]), "std"], rows)
-
-
 def confidence_text(results):
     """Return in words what the temperature has done to the calibration error."""
     before, after = results["confidence"]["before"], results["confidence"]["after"]
     text = (
-        f"Expected calibration error (ECE, 15 bins; 0 % if of the clips with confidence 80 %, 80 % are right): "
+        "Expected calibration error (ECE, 15 bins; 0 % if of the clips with confidence 80 %, 80 % are right): "
         f"{percent(before['ece'])} as the network gives it"
     )
     if after is None:
-        return (
-            f"{text}. Not every fold here has a temperature, which needs validation clips that did not test: the "
-            "confidence stays as it is."
-        )
+        return f"{text}. Not every fold here has a temperature, which needs validation clips that did not test."
+    temperatures = [results["run"]["temperatures"][str(row["fold"])] for row in results["per_fold"]]
     return (
-        f"{text}, {percent(after['ece'])} with each fold's temperature, fitted on its validation clips and never on "
-        "those below. A temperature above 1 makes the network less sure, below 1 surer; it changes no decision."
+        f"{text}, {percent(after['ece'])} with each fold's temperature ({min(temperatures):.2f} to "
+        f"{max(temperatures):.2f}), fitted on its validation clips and never on those below. A temperature above 1 "
+        "makes the network less sure, below 1 surer; it changes no decision."
     )
-
-
-def confidence_table(results):
-    rows = [
-        [
-            row["fold"],
-            None if row["temperature"] is None else f"{row['temperature']:.2f}",
-            *(percent(row[name]) for name in ("ece_before", "ece_after")),
-        ]
-        for row in results["confidence"]["per_fold"]
-    ]
-    return table(["fold", "temperature", "ECE before", "ECE after"], rows)
-
-
-def answered_text(results):
-    which = "before" if results["confidence"]["after"] is None else "after"
-    return f"Accuracy where the least sure clips get no answer, by the confidence {which} the temperature:"
-
-
-def answered_table(results):
-    answered = (results["confidence"]["after"] or results["confidence"]["before"])["answered"]
-    rows = [
-        [percent(row["share"]), row["clips"], percent(row["least_confidence"]), percent(row["accuracy"])]
-        for row in answered
-        if row["share"] in SHARES_LISTED
-    ]
-    return table(["answered", "clips", "confidence from", "accuracy"], rows)
 
 
 def run_table(run):

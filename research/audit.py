@@ -17,6 +17,7 @@ import hashlib
 import sys
 
 import numpy as np
+import pandas as pd
 
 import checkpoint
 import data_loader
@@ -32,23 +33,16 @@ PROBABILITY_TOLERANCE = 1e-3  # between machines
 STATISTICS_TOLERANCE = 1e-3  # dB
 
 
-# --- The data ----------------------------------------------------------------------------------------------------
-
-
 def duplicates_across_folds(data):
     """Return a finding for each of the first groups of clips with the same features in more than one fold."""
-    groups = {}
-    for index, clip in enumerate(data.features):
-        groups.setdefault(hashlib.blake2b(np.ascontiguousarray(clip), digest_size=16).digest(), []).append(index)
-    findings = []
-    for group in groups.values():
-        if len({int(data.folds[index]) for index in group}) > 1:
-            names = [f"{data.clips['slice_file_name'].iloc[index]} (fold {data.folds[index]})" for index in group]
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            findings.append(f"the same features are in several folds: {', '.join(names[:SHOWN])}{more}")
-    if len(findings) > SHOWN:
-        findings[SHOWN:] = [f"the same features are in several folds: {len(findings) - SHOWN} more groups of clips"]
-    return findings
+    digests = pd.Series([hashlib.blake2b(np.ascontiguousarray(clip)).digest() for clip in data.features])
+    shared = data.clips[data.clips.groupby(digests)["fold"].transform("nunique") > 1]
+    names = shared["slice_file_name"] + " (fold " + shared["fold"].astype(str) + ")"
+    groups = [list(group) for _, group in names.groupby(digests, sort=False)]
+    shown = [", ".join(group[:SHOWN]) + f" and {len(group) - SHOWN} more" * (len(group) > SHOWN) for group in groups]
+    if len(shown) > SHOWN:
+        shown[SHOWN:] = [f"{len(shown) - SHOWN} more groups of clips"]
+    return [f"the same features are in several folds: {text}" for text in shown]
 
 
 def cells_that_tell_the_class(data):
@@ -57,30 +51,19 @@ def cells_that_tell_the_class(data):
     The measure is the correlation ratio of each cell (between-class share of its variance; R. A. Fisher, "Statistical
     Methods for Research Workers", 1925): near 1 means that the cell's value names the class.
     """
-    total = np.zeros(data.features.shape[1:])  # (n_mels, n_frames)
-    squares, between = np.zeros_like(total), np.zeros_like(total)
-    for label in np.unique(data.labels):
-        members = np.flatnonzero(data.labels == label)
-        class_total = np.zeros_like(total)
-        for index in members:  # one clip at a time: no copy of the features in float64
-            clip = data.features[index].astype(np.float64)
-            class_total += clip
-            squares += clip**2
-        total += class_total
-        between += class_total**2 / len(members)
-    mean = total / len(data.labels)
-    variance, between = squares / len(data.labels) - mean**2, between / len(data.labels) - mean**2
-    share = np.divide(between, variance, out=np.zeros_like(total), where=variance > 1e-6)
+    mean = data.features.mean(axis=0, dtype=np.float64)  # (n_mels, n_frames)
+    within, between = np.zeros_like(mean), np.zeros_like(mean)
+    for label in np.unique(data.labels):  # one class at a time: no copy of all features
+        clips = data.features[data.labels == label].astype(np.float32)
+        class_mean = clips.mean(axis=0)
+        within += ((clips - class_mean) ** 2).sum(axis=0)
+        between += len(clips) * (class_mean - mean) ** 2
+    share = between / np.maximum(within + between, 1e-6 * len(data.labels))  # a constant cell tells nothing
     band, frame = np.unravel_index(share.argmax(), share.shape)
     if share[band, frame] < LABEL_SHARE:
         return []
-    return [
-        f"the label is in the features: mel band {band}, frame {frame} alone tells the class "
-        f"({share[band, frame]:.1%} of its variance is between classes; {(share >= LABEL_SHARE).sum()} such cells)"
-    ]
-
-
-# --- A fold's model and predictions ------------------------------------------------------------------------------
+    told = f"{share[band, frame]:.1%} of its variance is between classes"
+    return [f"the label is in the features: mel band {band}, frame {frame} alone tells the class ({told})"]
 
 
 def check_model(name, network, info, data, fold):
@@ -88,59 +71,53 @@ def check_model(name, network, info, data, fold):
     findings = []
     if dict(zip(info["class_ids"], info["class_names"], strict=True)) != data.class_names:
         findings.append(f"{name} has the classes {info['class_names']}, the data {list(data.class_names.values())}")
-    training_folds = info.get("training_folds")
-    if not isinstance(training_folds, list) or not all(type(number) is int for number in training_folds):
+    folds = info.get("training_folds")
+    if not isinstance(folds, list) or not all(type(number) is int for number in folds):
         return [*findings, f"{name} does not say on which folds it was trained"]
-    if fold + 1 in training_folds:
+    if fold + 1 in folds:
         findings.append(f"{name} was trained on clips of the fold that tests it (the data set's fold {fold + 1})")
-    training = np.flatnonzero(np.isin(data.folds, training_folds))
+    training = np.flatnonzero(np.isin(data.folds, folds))
     if not len(training) or data_loader.names_digest(data.clips, training) != info.get("training_digest"):
-        return [*findings, f"{name} was not trained on the clips of folds {utils.one_line(training_folds)}, as it says"]
+        return [*findings, f"{name} was not trained on the clips of folds {utils.one_line(folds)}, as it says"]
     statistics = data_loader.band_statistics(data.features, training)
-    for statistic, expected in zip(("band_mean", "band_std"), statistics, strict=True):
-        difference = float(np.abs(network.get_buffer(statistic).numpy() - expected).max())
-        if not difference <= STATISTICS_TOLERANCE:
-            findings.append(
-                f"{name} is not normalised by its own training clips: {statistic} is up to {difference:.3g} dB off"
-            )
+    for buffer, expected in zip(("band_mean", "band_std"), statistics, strict=True):
+        off = float(np.abs(network.get_buffer(buffer).numpy() - expected).max())
+        if not off <= STATISTICS_TOLERANCE:  # NaN is not
+            findings.append(f"{name} is not normalised by its own training clips: {buffer} is up to {off:.3g} dB off")
     return findings
 
 
-def check_predictions(path, network, info, data, fold):
-    """Return findings on a fold's predictions: its clips, their classIDs, and whether the model gives them."""
-    class_names, tested, class_ids, probabilities = metrics.read_prediction_file(path)
+def check_predictions(name, predictions, network, info, data, fold):
+    """Return findings on a fold's predictions, as `metrics.read_prediction_file` returns them.
+
+    They must be of the fold's clips, with their classIDs, and what the model gives.
+    """
+    class_names, tested, class_ids, probabilities = predictions
     if class_names != info["class_names"]:
-        return [f"{path.name} has the columns {class_names}, its model the classes {info['class_names']}"]
+        return [f"{name} has the columns {class_names}, its model the classes {info['class_names']}"]
     names = data.clips["slice_file_name"]
     own = names[data.folds == fold + 1].tolist()
     if sorted(tested) != sorted(own):
         odd = sorted(set(tested) ^ set(own)) or ["one of them twice"]
-        return [f"{path.name} does not test the clips of its fold once each: {len(odd)} differ, such as {odd[0]}"]
-    index_of = dict(zip(names, range(len(names)), strict=True))
-    indices = np.array([index_of[name] for name in tested])
-    wrong = np.flatnonzero(data.labels[indices] != class_ids)
+        return [f"{name} does not test the clips of its fold once each: {len(odd)} differ, such as {odd[0]}"]
+    indices = pd.Index(names).get_indexer(tested)  # (tested,)
     findings = []
-    if len(wrong):
-        findings.append(
-            f"{path.name} has a different classID than the data for {len(wrong)} clips, such as {tested[wrong[0]]}"
-        )
+    if len(wrong := np.flatnonzero(data.labels[indices] != class_ids)):
+        findings.append(f"{name} has a different classID than the data for {len(wrong)} clips: {tested[wrong[0]]}, ...")
     sample = slice(None, None, max(len(tested) // REPRODUCED_CLIPS, 1))
     computed = logits_of(network, data.features[indices[sample]]).softmax(dim=1).numpy()  # (sample, classes)
-    difference = np.abs(computed - probabilities[sample]).max(axis=1)  # (sample,)
-    if not difference.max() <= PROBABILITY_TOLERANCE:
-        worst = tested[sample][int(difference.argmax())]
-        findings.append(f"{path.name} is not what its model predicts: {worst} is {difference.max():.3f} off")
+    off = np.abs(computed - probabilities[sample]).max(axis=1)  # (sample,)
+    if not off.max() <= PROBABILITY_TOLERANCE:
+        worst = tested[sample][int(off.argmax())]
+        findings.append(f"{name} is not what its model predicts: {worst} is {off.max():.3f} off")
     return findings
-
-
-# --- Everything --------------------------------------------------------------------------------------------------
 
 
 def audit(paths, data=None):
     """Return (findings, what was looked at), both lists of lines, for a run's folders.
 
-    paths: .processed, .models, .results; data: what .processed holds, if that is loaded already. UserError if the
-    processed files are not there or contradict each other. A damaged model or prediction file is a finding.
+    paths: .processed, .models, .results; data: what .processed holds, if that is loaded already. UserError if it can't
+    be. A damaged model or prediction file is a finding.
     """
     data = data or data_loader.load_processed(paths.processed)
     findings = duplicates_across_folds(data) + cells_that_tell_the_class(data)
@@ -156,7 +133,8 @@ def audit(paths, data=None):
             findings += check_model(path.name, network, info, data, fold)
             if predictions.is_file():
                 looked_at.append(predictions.name)
-                findings += check_predictions(predictions, network, info, data, fold)
+                tested = metrics.read_prediction_file(predictions)
+                findings += check_predictions(predictions.name, tested, network, info, data, fold)
         except UserError as error:
             findings.append(str(error))
     return findings, looked_at
@@ -177,9 +155,8 @@ def report(paths, data=None):
 
 def main():
     parser = utils.make_parser(__doc__)
-    parser.add_argument("--processed_dir", metavar="DIR", help="processed files (default: data/ in the assets)")
-    parser.add_argument("--model_dir", metavar="DIR", help="models (default: models/ in the assets)")
-    parser.add_argument("--results_dir", metavar="DIR", help="predictions (default: results/ in the assets)")
+    for flag, what in (("processed", "processed files"), ("model", "models"), ("results", "predictions")):
+        parser.add_argument(f"--{flag}_dir", metavar="DIR", help=f"{what} (default: in the assets)")
     if not report(utils.run_folders(parser.parse_args())):
         sys.exit(1)
 

@@ -66,27 +66,24 @@ def differences(settings):
 
 def make_table(groups, reference=None):
     """Return the Markdown table of groups, best first; reference: the folder of a run in one of them."""
-    rows, errors = [], None
-    for settings, folders, seeds in groups:
-        means = [statistics.mean(accuracies.values()) for accuracies in seeds.values()]
-        mean = statistics.mean(means)
-        if reference in folders:
-            errors = 1 - mean
-        rows.append((mean, settings, folders, seeds, means))
-    if reference and errors is None:
+    means = [[statistics.mean(accuracies.values()) for accuracies in seeds.values()] for _, _, seeds in groups]
+    errors = [1 - statistics.mean(each) for each in means]
+    compared = next((error for error, group in zip(errors, groups, strict=True) if reference in group[1]), None)
+    if reference and compared is None:
         raise UserError(f"--reference {reference} is none of the runs: name it among them")
     folds = sorted(next(iter(groups[0][2].values())))
-    by_folds = [f"fold {fold}" for fold in folds]
-    header = ["runs", "seeds", *by_folds, "mean", "± seeds", "errors", "different from config.py"]
-    cells = []
-    for mean, settings, folders, seeds, means in sorted(rows, key=lambda row: -row[0]):
-        by_fold = [tables.percent(statistics.mean(run[fold] for run in seeds.values())) for fold in folds]
-        spread = f"{100 * statistics.stdev(means):.1f}" if len(means) > 1 else None
-        fewer = f"{(1 - mean) / errors - 1:+.0%}" if errors else None
+    rows = []
+    for error, each, (settings, folders, seeds) in sorted(
+        zip(errors, means, groups, strict=True), key=lambda row: row[0]
+    ):
         name = (folders[0].parent if folders[0].name == config.RESULTS_DIR else folders[0]).name
+        by_fold = [tables.percent(statistics.mean(run[fold] for run in seeds.values())) for fold in folds]
+        spread = f"{100 * statistics.stdev(each):.1f}" if len(each) > 1 else None
+        change = f"{error / compared - 1:+.0%}" if compared else None
         name = re.sub(r"_?s\d+$", "", name)
-        cells.append([name, len(seeds), *by_fold, tables.percent(mean), spread, fewer, differences(settings)])
-    return tables.table(header, cells, left=(0, len(header) - 1))
+        rows.append([name, len(seeds), *by_fold, tables.percent(1 - error), spread, change, differences(settings)])
+    header = ["runs", "seeds", *(f"fold {fold}" for fold in folds), "mean", "± seeds", "errors"]
+    return tables.table([*header, "different from config.py"], rows, left=(0, len(header)))
 
 
 def main():

@@ -1,6 +1,7 @@
 """evaluate.py as a command, and two runs side by side."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -24,6 +25,14 @@ def test_compare_equals_the_answers_counted_by_hand(tmp_path):
     moves = [abs(row["b"] - row["a"]) for row in values["classes"]]
     assert moves == sorted(moves, reverse=True)
     assert f"p = {values['p_value']:.2g}" in text and "2 folds, 60 clips" in text
+
+
+def test_mcnemar_equals_the_binomial_sum():
+    right = np.repeat([(True, True), (True, False), (False, True), (False, False)], [100, 6, 16, 8], axis=0)
+    values = evaluate.mcnemar(right[:, 0], right[:, 1])
+    assert (values["only_a"], values["only_b"]) == (6, 16)
+    assert values["p_value"] == pytest.approx(2 * sum(math.comb(22, k) for k in range(7)) / 2**22)
+    assert evaluate.mcnemar(right[:, 0], right[:, 0])["p_value"] == 1.0
 
 
 def test_compare_takes_classes_by_name(tmp_path):

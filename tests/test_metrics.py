@@ -26,11 +26,10 @@ def cell(line, column, value):
     ("change", "named"),
     [
         (cell(5, 2, "nan"), ["line 5", "probabilities"]),
-        (cell(5, 2, "-0.2"), ["line 5", "probabilities"]),
+        (cell(5, 2, "-0.2"), ["line 5", "sum 1"]),
         (cell(7, 2, "9" * 400), ["line 7", "sum 1"]),
         (cell(7, 2, "many"), ["line 7", "many"]),
         (cell(4, 1, "dog"), ["line 4", "'dog'", "whole number"]),
-        (cell(4, 1, "9" * 30), ["line 4", "whole number"]),
         (cell(4, 1, "3"), ["line 4", "'3'", "no column"]),
         (cell(4, 0, "a\nb.wav"), ["line 4", "'a b.wav'", "no file name"]),
         (cell(1, 0, "file"), ["line 1", "slice_file_name"]),
@@ -40,8 +39,8 @@ def cell(line, column, value):
         (cell(9, 0, "clip1_0.wav"), ["line 9", "clip1_0.wav", "twice"]),
         (cell(9, 0, "clip0_3.wav"), ["line 9", "clip0_3.wav", "twice"]),
         (lambda rows: rows[3].pop(), ["line 4", "probabilities"]),
-        (lambda rows: rows[3].append("0"), ["line 4", "not a CSV file"]),
-        (lambda rows: rows.clear(), ["not a CSV file"]),
+        (lambda rows: rows[3].append("0"), ["line 4", "CSV"]),
+        (lambda rows: rows.clear(), ["can't be read as CSV"]),
         (lambda rows: rows.__delitem__(slice(1, None)), ["no clips"]),
     ],
 )
@@ -73,7 +72,7 @@ def test_other_files_in_the_folder_are_not_read(tmp_path):
         (folder / name).write_text("half a fi")
     assert metrics.read_results(folder)["folds_present"] == 1
     (folder / "predictions_fold_2.csv").mkdir()
-    with pytest.raises(UserError, match="can't read"):
+    with pytest.raises(UserError, match="can't be read"):
         metrics.read_results(folder)
 
 
@@ -99,15 +98,14 @@ HISTORY = "epoch,train_loss,train_accuracy,validation_loss,validation_accuracy\n
         ("history_fold_0.csv", HISTORY.replace("loss", "loss,epoch", 1) + "1,2,3,4,5,6\n", "epoch, once"),
         ("run.json", "[]", "does not describe a run"),
         ("run.json", '{"best_epochs": [1, 2]}', "does not describe a run"),
+        ("run.json", '{"best_epochs": {"0": "2"}}', "does not describe a run"),
+        ("run.json", '{"temperatures": {"0": -1}}', "does not describe a run"),
+        ("run.json", '{"n_folds": true}', "does not describe a run"),
         ("run.json", '{"source": ["a"]}', "does not describe a run"),
-        ("run.json", '{"validation": ["none"]}', "validation is "),
-        ("run.json", '{"validation": "test"}', "validation is 'test'"),
+        ("run.json", '{"validation": ["none"]}', "does not describe a run"),
         ("run.json", "{", "not JSON"),
-        ("run.json", '{"settings": {"rate": 1e999}}', "JSON can't hold"),
-        ("run.json", '{"settings": {"name": "\\ud800"}}', "JSON can't hold"),
-        ("run.json", '{"n_folds": true}', "n_folds is 'True'"),
-        ("run.json", '{"best_epochs": {"0": "2"}}', "best_epochs of fold 0 is '2'"),
-        ("run.json", '{"temperatures": {"0": -1}}', "temperatures of fold 0 is '-1'"),
+        ("run.json", '{"settings": {"rate": 1e999}}', "does not describe a run"),
+        ("run.json", '{"settings": {"name": "\\ud800"}}', "does not describe a run"),
     ],
 )
 def test_damaged_history_or_run_is_named(tmp_path, name, content, named):
@@ -148,9 +146,8 @@ def test_results_equal_scikit_learn(tmp_path):
         assert results["per_class"][name]["clips"] == expected[name]["support"]
     background = np.tile(np.arange(CLIPS_A_FOLD) < 10, 3)
     assert results["background_accuracy"] == pytest.approx((true == predicted)[background].mean())
-    assert (results["background_clips"], results["foreground_clips"]) == (30, 60)
     recalls = np.array([reference.recall_score(*fold, average=None) for fold in folds])
-    assert results["agreement"]["most_varied_class"] == CLASSES[recalls.std(axis=0).argmax()]
+    np.testing.assert_allclose([results["recall_per_fold"][name] for name in CLASSES], recalls.T)
     assert (results["folds_present"], results["folds_total"]) == (3, 10)
     assert (results["clips"], results["clips_total"]) == (90, 300)
 
@@ -179,31 +176,19 @@ def test_without_a_table_of_these_clips_no_salience_is_claimed(tmp_path, is_of_o
 def test_scores_of_a_class_without_clips_are_missing_and_of_one_never_predicted_0():
     true = np.array([0, 0, 0, 1, 1, 3])  # class 2 has no clips
     predicted = np.array([0, 0, 2, 1, 1, 0])  # class 3 is never predicted
-    precision, recall, f1, clips = metrics.class_scores(true, predicted, 4)
-    np.testing.assert_allclose(precision, [2 / 3, 1, 0, np.nan])
-    np.testing.assert_allclose(recall, [2 / 3, 1, np.nan, 0])
-    np.testing.assert_allclose(f1, [2 / 3, 1, np.nan, 0])
-    assert clips.tolist() == [3, 2, 0, 1]
-    assert metrics.macro_f1(true, predicted) == pytest.approx((2 / 3 + 1 + 0) / 3)
+    scores = metrics.class_scores(true, predicted, list("abcd"))
+    assert scores["precision"].tolist() == [pytest.approx(2 / 3), 1, 0, None]
+    assert scores["recall"].tolist() == [pytest.approx(2 / 3), 1, None, 0]
+    assert scores["f1"].tolist() == [pytest.approx(2 / 3), 1, None, 0]
+    assert scores["clips"].tolist() == [3, 2, 0, 1]
 
 
 def test_interval_is_student_t_cut_to_shares():
-    low, high = metrics.interval_95([0.70, 0.75, 0.80])  # t(0.975, 2) = 4.302653, standard deviation 0.05
+    std, (low, high) = metrics.spread([0.70, 0.75, 0.80])  # t(0.975, 2) = 4.302653, standard deviation 0.05
     half = 4.302653 * 0.05 / math.sqrt(3)
-    assert (low, high) == (pytest.approx(0.75 - half), pytest.approx(0.75 + half))
-    assert metrics.interval_95([0.1, 0.9]) == [0.0, 1.0]
-    assert metrics.interval_95([0.7]) is None and metrics.sample_std([0.7]) is None
-
-
-def test_paired_test_equals_the_binomial_sum():
-    both, only_a, only_b, neither = 100, 6, 16, 8
-    counts = [both, only_a, only_b, neither]
-    right = np.repeat([(True, True), (True, False), (False, True), (False, False)], counts, axis=0)
-    values = metrics.paired_test(right[:, 0], right[:, 1])
-    assert values["p_value"] == pytest.approx(2 * sum(math.comb(22, k) for k in range(7)) / 2**22)
-    assert (values["clips"], values["only_a"], values["only_b"]) == (130, 6, 16)
-    assert (values["accuracy_a"], values["accuracy_b"]) == (106 / 130, 116 / 130)
-    assert metrics.paired_test(right[:, 0], right[:, 0])["p_value"] == 1.0
+    assert (std, low, high) == (pytest.approx(0.05), pytest.approx(0.75 - half), pytest.approx(0.75 + half))
+    assert metrics.spread([0.1, 0.9])[1] == [0.0, 1.0]
+    assert metrics.spread([0.7]) == (None, None)
 
 
 def make_predictions(class_names, rows, recordings=None):
@@ -229,12 +214,12 @@ def test_recordings_count_once_and_the_worst_come_first():
     rows = [("7-a", 0, 1), ("7-b", 0, 1), ("7-c", 0, 0), ("8-a", 1, 1), ("9-a", 1, 0), ("9-b", 2, 2)]
     recordings = [name[0] for name, _, _ in rows]
     predictions = make_predictions(["dog", "car", "gun"], [(*row, 0.9) for row in rows], recordings)
-    result = metrics.summarise_recordings(predictions)
+    result = metrics.summarise(predictions, {})["recordings"]
     assert result["count"] == 4
     assert result["accuracy"] == pytest.approx((1 / 3 + 1 + 0 + 1) / 4)
     assert result["most_errors"] == [
-        {"recording": "7", "class": "dog", "clips": 3, "wrong": 2, "taken_for": "car"},
-        {"recording": "9", "class": "car", "clips": 1, "wrong": 1, "taken_for": "dog"},
+        {"recording": "7", "true": "dog", "clips": 3, "wrong": 2},
+        {"recording": "9", "true": "car", "clips": 1, "wrong": 1},
     ]
 
 
@@ -256,8 +241,7 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy(confidence
 
 def test_bins_take_the_edges_and_rounding_errors():
     values = metrics.reliability(np.array([0.0, 1 / 15, 1.0, 1.0005]), np.array([True, False, True, True]))
-    assert {index: row["clips"] for index, row in enumerate(values["bins"]) if row["clips"]} == {0: 2, 14: 2}
-    assert all(row["accuracy"] is None for row in values["bins"] if not row["clips"])
+    assert [(row["from"], row["to"], row["clips"]) for row in values["bins"]] == [(0, 1 / 15, 2), (14 / 15, 1, 2)]
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
@@ -273,17 +257,9 @@ def test_temperature_after_the_softmax_is_the_same_as_before_it(temperature):
 def test_confidence_after_exists_only_if_every_fold_has_a_temperature(tmp_path):
     folder = write_run(tmp_path, temperatures={"0": 2.0, "1": 0.5, "2": 1.0})
     values = metrics.read_results(folder)["confidence"]
-    assert [row["temperature"] for row in values["per_fold"]] == [2.0, 0.5, 1.0]
-    same = values["per_fold"][2]
-    assert same["ece_after"] == pytest.approx(same["ece_before"]) and values["before"]["ece"] != values["after"]["ece"]
-    assert values["after"]["answered"][0]["accuracy"] == values["before"]["answered"][0]["accuracy"]
-    write_run(tmp_path, temperatures={"0": 2.0, "1": 0.5})
+    assert values["before"]["ece"] != values["after"]["ece"]
+    write_run(tmp_path, temperatures={"0": 1.0, "1": 1.0, "2": 1.0})
     values = metrics.read_results(folder)["confidence"]
-    assert values["after"] is None and values["per_fold"][2]["ece_after"] is None
-
-
-def test_selective_accuracy_omits_the_least_sure():
-    confidence = np.array([0.5, 0.9, 0.3, 0.8, 0.6, 0.7, 0.4, 0.95, 0.2, 0.1])
-    rows = {row["share"]: row for row in metrics.selective_accuracy(confidence, confidence > 0.35)}
-    assert (rows[1.0]["accuracy"], rows[0.9]["accuracy"], rows[0.7]["accuracy"]) == (0.7, pytest.approx(7 / 9), 1.0)
-    assert (rows[0.5]["clips"], rows[0.5]["least_confidence"]) == (5, 0.6)
+    assert values["after"]["ece"] == pytest.approx(values["before"]["ece"])
+    write_run(tmp_path, temperatures={"0": 2.0, "1": 0.5})
+    assert metrics.read_results(folder)["confidence"]["after"] is None

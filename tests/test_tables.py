@@ -40,7 +40,7 @@ def test_optimistic_is_said_everywhere_or_nowhere(tmp_path, capsys, validation):
     text = (folder / "report.md").read_text()
     comparison, _ = evaluate.compare(write_run(tmp_path / "honest"), folder)
     headings = [line for line in (text + comparison).splitlines() if line.startswith("#")]
-    assert len(headings) == 10 + 2
+    assert len(headings) == 8 + 2
     titles = [*headings, *map(title_of, map(folder.joinpath, PICTURES)), printed.splitlines()[0]]
     titles.append(next(line for line in printed.splitlines() if line.startswith("3 folds")))
     assert all((OPTIMISTIC in title) == is_optimistic for title in titles)
@@ -84,8 +84,7 @@ def test_folds_that_are_all_right_have_no_confusions(tmp_path):
         write_rows(path, [header, *([row[0], row[1], *np.eye(3)[int(row[1])]] for row in rows)])
     results = tables.write_report(folder)
     assert results["accuracy_interval_95"] == [1, 1] and results["worst_confusions"] == []
-    text = (folder / "report.md").read_text()
-    assert "every clip was classified right" in text and "No class has a recall that differs" in text
+    assert "every clip was classified right" in (folder / "report.md").read_text()
 
 
 @pytest.mark.parametrize("missing", [0, 2])
