@@ -211,7 +211,7 @@ def confidence_text(results):
     temperatures = [results["run"]["temperatures"][str(row["fold"])] for row in results["per_fold"]]
     return (
         f"{text}, {percent(after['ece'])} with each fold's temperature ({min(temperatures):.2f} to "
-        f"{max(temperatures):.2f}), fitted on its validation clips and never on those below. A temperature above 1 "
+        f"{max(temperatures):.2f}), fitted on its validation clips and never on test clips. A temperature above 1 "
         "makes the network less sure, below 1 surer; it changes no decision."
     )
 
