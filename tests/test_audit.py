@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import data_loader
 import model
+import utils
 from research import audit
 
 

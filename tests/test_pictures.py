@@ -127,14 +127,14 @@ def test_recording_and_explanation_can_be_drawn(tmp_path, n_windows):
 # --- Grad-CAM ----------------------------------------------------------------------------------------------------
 
 
-def test_map_is_gradient_times_activation_of_the_last_block_with_enough_columns():
+def test_map_is_gradient_times_activation_of_the_last_part_with_enough_columns():
     network = build("AudioCNN", n_classes=3)
     features, targets = torch.randn(2, *SMALL.shape), torch.tensor([2, 0])
     heat = pictures.grad_cam(network, features, targets)
     with torch.no_grad():
-        maps = network.block3(network.block2(network.block1(network.normalise(features))))  # (2, 128, 2, 10)
+        maps = network.block2(network.block1(network.normalise(features)))  # (2, 64, 4, 43); block3 leaves 10 columns
     maps.requires_grad_()
-    hidden = torch.relu(network.hidden(torch.relu(network.over_bands(maps.mean(dim=3))).flatten(1)))
+    hidden = torch.relu(network.hidden(torch.relu(network.over_bands(network.block3(maps).mean(dim=3))).flatten(1)))
     network.logits(hidden).gather(1, targets[:, None]).sum().backward()
     expected = torch.relu((maps.grad * maps.detach()).sum(dim=1, keepdim=True))
     expected = nn.functional.interpolate(expected, SMALL.shape, mode="bilinear")[:, 0]
@@ -150,7 +150,7 @@ def test_map_leaves_the_network_as_it_was():
 
 def test_map_of_a_network_without_feature_maps_is_refused():
     network = nn.Sequential(nn.Flatten(), nn.Linear(SMALL.shape[0] * SMALL.shape[1], 2))
-    with pytest.raises(UserError, match="feature maps of 10 columns, and Sequential has none"):
+    with pytest.raises(UserError, match="feature maps of 16 columns, and Sequential has none"):
         pictures.grad_cam(network, torch.randn(1, *SMALL.shape), torch.tensor([0]))
 
 
