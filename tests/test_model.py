@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -76,13 +76,9 @@ def example(clips, frames=173):
     return torch.randn(clips, 128, frames, generator=generator) - 40
 
 
-def test_networks_have_the_parameters_of_the_seed(network):
-    assert model.count_parameters(network) == 250_250
-    assert next(iter(model.MODELS)) == "SharedAudioCNN"
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_network_is_the_one_of_the_design(network, training):
+    assert model.count_parameters(network) == 250_250
     x, name = example(2, 100), type(network).__name__
     state = plain_state(network)
     for parameter, _ in network.named_parameters():
@@ -227,7 +223,6 @@ def without(mapping, key):
     [
         (lambda state: without(state, "hidden.bias"), "lacks hidden.bias"),
         (lambda state: {**state, "a\nb": torch.zeros(2)}, "has 'a b', which the network lacks"),
-        (lambda state: {**state, "logits.bias": torch.zeros(3)}, "logits.bias is float32 (3,), not float32 (2,)"),
         (lambda state: {**state, "logits.bias": torch.zeros(2).double()}, "logits.bias is float64 (2,), not float32"),
         (lambda state: {**state, "block1.0.bias": torch.full((32,), torch.inf)}, "block1.0.bias has values that are"),
         (lambda state: {**state, "band_std": torch.zeros(8)}, "band_std has values that are not above 0"),
@@ -246,20 +241,15 @@ def test_weights_that_do_not_fit_are_named(change, named, path, state):
         ({"model": ["AudioCNN"]}, "is not a model of this project: its metadata lacks model"),
         ({"class_names": ["dog_bark"]}, "1 classes, and other class_ids"),
         ({"class_names": ["dog_bark", "siren", "drill"], "class_ids": [1, 2, 3]}, "logits.weight is float32 (2, 128)"),
-        ({"class_names": ["siren", "siren"]}, "class names that are not text, each once"),
         ({"class_names": ["siren", "\x1b[2J"]}, "class names that are not text, each once"),
         ({"class_names": [], "class_ids": []}, "has 0 classes: a model has 1 to 1000"),
-        ({"class_names": [str(n) for n in range(1001)]}, "has 1001 classes: a model has 1 to 1000"),
         ({"class_ids": [1, "2"]}, "and other class_ids: [1, '2']"),
         ({"audio": 5}, "lacks audio"),
         ({"audio": without(AUDIO, "top_db")}, "lacks the audio settings top_db"),
-        ({"audio": {**AUDIO, "window": "hann"}}, "audio settings that can't be"),
-        ({"audio": {**AUDIO, "n_mels": 128}}, "band_mean is float32 (8,), not float32 (128,)"),
         ({"audio": {**AUDIO, "n_fft": 10**12}}, "audio settings that can't be: the audio setting n_fft"),
         ({"audio": {**AUDIO, "clip_seconds": 0.1}}, "AudioCNN can't take 8 mel bands, 5 frames"),
         ({"temperature": float("nan")}, "temperature is 'nan': it must be from 0.05 to 20"),
         ({"temperature": 10**400}, "temperature is '1000"),
-        ({"temperature": None}, "temperature is 'None'"),
         ({"temperature": "\x1b[2J"}, "temperature is '?[2J'"),
         (
             {"band_mean": [-40.0] * 8, "audio": {**AUDIO, "fine_frames": 2}},
@@ -278,108 +268,77 @@ def header_of(blob):
 
 
 def with_header(header, body):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
 
 
-def absurd_files(blob):
+def test_absurd_files_are_refused(path):
+    blob = path.read_bytes()
     header, body = header_of(blob)
-    nested = {**header, "__metadata__": {"model": "[" * 100_000}}
-    large = {**header, "logits.bias": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}
-    return {
-        "empty": b"",
-        "header of 2^63 bytes": struct.pack("<Q", 2**63) + blob[8:],
-        "header longer than the file": struct.pack("<Q", len(blob)) + blob[8:],
-        "header that is not JSON": with_header(b"{" * 50, body),
-        "header that is a list": with_header([], body),
-        "no metadata": with_header(without(header, "__metadata__"), body),
-        "metadata that nest": with_header(nested, body),
-        "metadata that are not JSON": with_header({**header, "__metadata__": {"model": "AudioCNN"}}, body),
-        "tensor larger than the file": with_header(large, body),
-        "cut off in the tensors": blob[:-10],
-        "more behind the tensors": blob + b"more",
-        "web page": b"<!DOCTYPE html><html><body>404</body></html>",
-    }
+    large = {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}
+    for content in (
+        b"<!DOCTYPE html><html><body>404</body></html>",
+        struct.pack("<Q", 2**63) + blob[8:],
+        blob[:-10],
+        blob + b"more",
+        with_header([], body),
+        with_header(without(header, "__metadata__"), body),
+        with_header({**header, "__metadata__": {"model": "AudioCNN"}}, body),  # not JSON
+        with_header({**header, "__metadata__": {"model": "[" * 100_000}}, body),
+        with_header({**header, "logits.bias": large}, body),
+    ):
+        path.write_bytes(content)
+        refusal(path)
 
 
-@pytest.mark.parametrize("what", absurd_files(with_header({}, b"")))
-def test_absurd_files_are_refused(what, path):
-    path.write_bytes(absurd_files(path.read_bytes())[what])
-    refusal(path)
-
-
-FUZZ = settings(
-    max_examples=100,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
     lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=9,
 )
+SIZES = st.lists(st.integers(-1, 2**64) | st.integers(0, 300), max_size=4)
+DTYPES = st.sampled_from(["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X"])
 
 
-def loads_or_is_refused(path):
-    """Load a model file that may be anything: a UserError of one line, or a network that computes."""
-    try:
-        network, info = model.load_model(path)
-    except UserError as error:
-        assert len(str(error).splitlines()) == 1
-        return
-    audio = AudioSettings(**info["audio"])
-    logits = model.logits_of(network, torch.zeros(1, audio.n_mels, min(audio.n_frames, 100)))
-    assert logits.shape == (1, len(info["class_names"]))
+def fuzz_bytes(blob, draw):
+    content = bytearray(blob)
+    for _ in range(draw(st.integers(1, 4))):
+        content[draw(st.integers(0, 3000) | st.integers(0, len(blob) - 1))] = draw(st.integers(0, 255))
+    return content[: draw(st.just(len(blob)) | st.integers(0, len(blob)))]
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory, state):
-    """The bytes of a sound model file."""
-    path = tmp_path_factory.mktemp("sound") / "model.safetensors"
-    model.save_model(path, state, INFO)
-    return path.read_bytes()
+def fuzz_metadata(blob, draw):
+    header, body = header_of(blob)
+    info, key = dict(INFO), draw(st.sampled_from([*INFO, "band_mean"]))
+    info[key] = draw(VALUES)
+    if key == "audio" and draw(st.booleans()):
+        info[key] = {**AUDIO, draw(st.sampled_from([*AUDIO, "x"])): draw(VALUES)}
+    return with_header({**header, "__metadata__": {key: json.dumps(value) for key, value in info.items()}}, body)
 
 
-@FUZZ
-@given(data=st.data())
-def test_fuzzed_bytes_load_or_are_refused(path, sound, data):
-    blob = bytearray(sound)
-    header_length = 8 + struct.unpack("<Q", blob[:8])[0]
-    for _ in range(data.draw(st.integers(1, 4))):
-        index = data.draw(st.integers(0, header_length) | st.integers(0, len(blob) - 1))
-        blob[index] = data.draw(st.integers(0, 255))
-    path.write_bytes(blob[: data.draw(st.just(len(blob)) | st.integers(0, len(blob)))])
-    loads_or_is_refused(path)
+def fuzz_tensors(blob, draw):
+    header, body = header_of(blob)
+    name = draw(st.sampled_from([*without(header, "__metadata__"), "more"]))
+    part = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+    entry = {**header.get(name, header["logits.bias"]), part: draw(DTYPES if part == "dtype" else SIZES)}
+    return with_header({**header, name: entry}, body)
 
 
-@FUZZ
-@given(data=st.data())
-def test_fuzzed_metadata_load_or_are_refused(path, sound, data):
-    info = dict(INFO)
-    key = data.draw(st.sampled_from([*model.INFO_KINDS, "temperature", "band_mean"]))
-    if key == "audio" and data.draw(st.booleans()):
-        info["audio"] = {**AUDIO, data.draw(st.sampled_from([*AUDIO, "x"])): data.draw(VALUES)}
-    elif isinstance(info.get(key), list) and data.draw(st.booleans()):
-        info[key] = [data.draw(VALUES), *info[key][1:]]
-    else:
-        info[key] = data.draw(VALUES)
-    header, body = header_of(sound)
-    texts = {key: json.dumps(value) for key, value in info.items()}
-    path.write_bytes(with_header({**header, "__metadata__": texts}, body))
-    loads_or_is_refused(path)
+@pytest.mark.parametrize("fuzz", [fuzz_bytes, fuzz_metadata, fuzz_tensors])
+def test_fuzzed_file_loads_or_is_refused(fuzz, path):
+    blob = path.read_bytes()
 
+    @settings(max_examples=100, derandomize=True, database=None, deadline=None)
+    @given(data=st.data())
+    def load(data):
+        path.write_bytes(fuzz(blob, data.draw))
+        try:
+            network, info = model.load_model(path)
+        except UserError as error:
+            assert str(error).isprintable()
+            return
+        audio = AudioSettings(**info["audio"])
+        logits = model.logits_of(network, torch.zeros(1, audio.n_mels, min(audio.n_frames, 100)))
+        assert logits.shape == (1, len(info["class_names"]))
 
-@FUZZ
-@given(data=st.data())
-def test_fuzzed_tensor_headers_load_or_are_refused(path, sound, data):
-    header, body = header_of(sound)
-    name = data.draw(st.sampled_from([*header, "more"]))
-    entry = dict(header["logits.bias"] if name in ("more", "__metadata__") else header[name])
-    part = data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
-    dtypes = ["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "C64", "U16", "X"]
-    numbers = st.lists(st.integers(-1, 2**64) | st.integers(0, 300), max_size=4)
-    entry[part] = data.draw(st.sampled_from(dtypes) if part == "dtype" else numbers)
-    path.write_bytes(with_header({**header, name: entry}, body))
-    loads_or_is_refused(path)
+    load()
