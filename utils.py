@@ -88,7 +88,7 @@ def check_config():
     """
     types = typing.get_type_hints(config)
     for name in [name for name in vars(config) if name.isupper() and name not in types]:
-        if near := difflib.get_close_matches(name, types, 1, cutoff=0.8):
+        if near := difflib.get_close_matches(name, types, 1, cutoff=0.9):
             raise UserError(f"config.py sets {name}, which nothing reads: is it meant to be {near[0]}?")
     for name, kind in types.items():
         value = getattr(config, name)

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import augment
-import config
 import data_loader
 from model import Network
 
@@ -17,7 +16,7 @@ ALL = {
     "mask_bands": 4,
     "mask_frames": 6,
 }
-OFF = dict.fromkeys(ALL, 0)
+OFF = dict.fromkeys(augment.SETTINGS, 0)
 N_CLIPS, N_MELS, N_FRAMES = 30, 16, 20
 SEED_PARTS = (0, 0, 1)
 
@@ -42,11 +41,6 @@ def seen(inputs, statistics):
     network.band_mean.copy_(statistics[0])
     network.band_std.copy_(statistics[1])
     return network.normalise(inputs)[:, 0]
-
-
-def test_settings_are_in_config():
-    assert set(augment.RANGES) == set(ALL)
-    assert all(hasattr(config, name.upper()) for name in augment.RANGES)
 
 
 # --- The plan ----------------------------------------------------------------------------------------------------
@@ -93,7 +87,6 @@ def test_plan_follows_from_seed_fold_and_epoch_alone(different):
         {},
         OFF,
         {"crop_frames": 500, "mask_bands": 100, "mask_frames": 100},
-        {"crop_frames": 1, "mixup_alpha": 1e-3},
         {"crop_frames": 5, "band_stretch": 9, "mixup_alpha": 100},
         {"crop_frames": 0, "time_stretch": 9},
     ],
@@ -150,7 +143,7 @@ def slow_batch(data, plan, settings):
     return np.stack(inputs), np.stack(mixed_labels)
 
 
-@pytest.mark.parametrize("name", [*ALL, "all"])
+@pytest.mark.parametrize("name", [*augment.SETTINGS, "all"])
 def test_augmentation_equals_the_slow_version(name, data):
     settings = ALL if name == "all" else {**OFF, name: ALL[name]}
     plan = plan_of(settings)

@@ -70,12 +70,9 @@ def test_table_is_read_as_it_stands(tmp_path, content):
         (table([ROWS[0], (*ROWS[1], "more")]), "is not a table .* line 3, saw 9"),
         (table([(*ROWS[0], "more"), *ROWS[1:]]), "is not a table .*Length of header"),
         (b"<!DOCTYPE html>\n", "lacks the column slice_file_name, fsID"),
-        (table([row[:5] + row[6:] for row in ROWS], [*data_loader.CLIP_COLUMNS[:5], "Fold", "classID"]), "column fold"),
         (table([]), "lists no clips"),
         (table([ROWS[0], ROWS[1][:3]]), "line 3: fold '' is not a whole number"),
-        (table([ROWS[0], ROWS[1][:-1]]), "line 3: class '' is no name"),
         (changed(4, "fold", "11"), "line 4: fold '11' is outside 1 to 10"),
-        (changed(5, "fold", "1.0"), "line 5: fold '1.0' is not a whole number"),
         (changed(5, "fold", "1_0"), "line 5: fold '1_0' is not a whole number"),
         (changed(5, "classID", "9" * 30), "line 5: classID '9+' is not a whole number"),
         (table().replace(b"200-3", b"\n\n200-3").replace(b",10,3", b",12,3"), "line 6: fold '12'"),
@@ -84,22 +81,16 @@ def test_table_is_read_as_it_stands(tmp_path, content):
         (changed(5, "class", "\x1b[2J"), r"line 5: class '\?\[2J' is no name"),
         (changed(4, "slice_file_name", ROWS[0][0]), "line 4: slice_file_name '100-0-0-0.wav' is listed already"),
         (changed(2, "slice_file_name", "../../etc/passwd"), "'../../etc/passwd' is not a plain file name"),
-        (changed(2, "slice_file_name", "..\\a.wav"), "is not a plain file name"),
-        (changed(2, "slice_file_name", ".."), "line 2: slice_file_name '..' is not a plain file name"),
         (changed(2, "slice_file_name", "a\0.wav"), r"line 2: slice_file_name 'a\?.wav' is not a plain file name"),
-        (changed(2, "slice_file_name", "a" * 300), "is not a plain file name"),
     ],
 )
 def test_table_with_a_fault_is_refused_with_line_and_reason(tmp_path, content, reason):
+    with pytest.raises(UserError, match=r"no metadata at .*a\.csv: run python download_data\.py"):
+        data_loader.read_clip_table(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(UserError, match=reason) as caught:
         data_loader.read_clip_table(tmp_path / "a.csv")
     assert str(tmp_path / "a.csv") in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_missing_table_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match=r"no metadata at .*a\.csv: run python download_data\.py"):
-        data_loader.read_clip_table(tmp_path / "a.csv")
 
 
 # --- Processed files ---------------------------------------------------------------------------------------------
@@ -171,14 +162,11 @@ def test_flipped_bit_is_noticed_or_means_nothing(folder, name):
     ("name", "change"),
     [
         ("features.pkl", lambda features: features[::-1].copy()),
-        ("features.pkl", lambda features: features[:, :-1].copy()),
         ("features.pkl", lambda features: features.astype(np.float64)),
         ("features.pkl", lambda features: features[0, 0].tolist()),
         ("labels.pkl", lambda labels: labels[::-1].copy()),
         ("labels.pkl", lambda labels: labels.astype(float)),
-        ("labels.pkl", lambda labels: labels[1:]),
         ("folds.pkl", lambda folds: np.sort(folds)),
-        ("class_mapping.pkl", lambda names: {**names, 3: "siren", 8: "dog_bark"}),
         ("class_mapping.pkl", lambda names: list(names.values())),
     ],
 )
@@ -192,7 +180,6 @@ def test_files_of_different_sets_are_refused(folder, name, change):
     ("change", "named"),
     [
         ({"audio": None}, r"features\.json is damaged: it must have audio, left_out, source"),
-        ({"left_out": None}, r"features\.json is damaged"),
         ({"fingerprint": "0123456789abcdef"}, "different values than features.json says"),
         ({"audio": {**dataclasses.asdict(AUDIO), "n_mels": 32}}, r"n_mels is 32 there and 128 in config\.py"),
         ({"audio": {**dataclasses.asdict(AUDIO), "colour": "red"}}, "colour is red there and None in config"),
@@ -218,18 +205,6 @@ def test_saving_again_never_mixes_two_sets(folder):
         data_loader.load_processed(folder)
     data_loader.save_processed(folder, random_features(), CLIPS, AUDIO, "UrbanSound8K")
     assert contents(data_loader.load_processed(folder)) == before
-
-
-def test_fingerprint_is_of_values_and_their_order():
-    features, labels, folds = np.zeros((2, 3, 4), np.float16), [0, 1], [1, 2]
-    prints = {
-        data_loader.fingerprint(features, labels, folds),
-        data_loader.fingerprint(features + 1, labels, folds),
-        data_loader.fingerprint(features, [1, 0], folds),
-        data_loader.fingerprint(features, labels, [2, 1]),
-    }
-    assert len(prints) == 4
-    assert data_loader.fingerprint(np.asfortranarray(features), np.array(labels), np.array(folds, np.int32)) in prints
 
 
 def test_torch_is_not_imported():
@@ -263,11 +238,9 @@ def test_split_of_every_fold(present, validation):
 def test_too_few_folds_are_refused(present, validation):
     with pytest.raises(UserError, match=f"validation '{validation}' needs at least . folds, not {len(present)}"):
         data_loader.split(np.repeat(present, 5), 4, validation)
-
-
-def test_fold_without_clips_is_named_as_on_the_command_line():
-    with pytest.raises(UserError, match=r"fold 2 has no clips; the folds present are \[0, 1\]"):
-        data_loader.split(np.array([1, 2, 1, 2]), 3, "none")
+    numbers = [fold - 1 for fold in present]  # a fold is named as on the command line
+    with pytest.raises(UserError, match=rf"fold 8 has no clips; the folds present are \[{str(numbers)[1:-1]}\]"):
+        data_loader.split(np.repeat(present, 5), 9, validation)
 
 
 def test_band_statistics_are_of_the_named_clips_alone():

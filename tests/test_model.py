@@ -103,7 +103,7 @@ def test_network_is_the_one_of_the_design(network, training):
     torch.testing.assert_close(network(x), network.view_logits(x).mean(dim=1))
 
 
-@pytest.mark.parametrize("frames", [32, 33, 96, 173, 700])
+@pytest.mark.parametrize("frames", [32, 35, 173, 700])
 def test_network_takes_any_number_of_frames(network, frames):
     x, state = example(3, frames), plain_state(network)
     logits = model.logits_of(network.train(), x.numpy().astype(np.float16))
@@ -182,6 +182,8 @@ def path(tmp_path, state):
 def test_model_file_comes_back_as_saved(path, state):
     assert [file.name for file in path.parent.iterdir()] == ["model_fold_2_best.safetensors"]
     assert model.find_model(path.parent, 2) == model.find_model(path, 0) == path
+    model.save_model(path.with_name("again"), dict(reversed(state.items())), INFO)
+    assert path.with_name("again").read_bytes() == path.read_bytes()  # the same model is the same bytes
     network, info = model.load_model(path)
     path.write_bytes(b"")  # the network does not hold on to its file
     assert info == INFO
@@ -189,11 +191,6 @@ def test_model_file_comes_back_as_saved(path, state):
     assert list(network.state_dict()) == list(state)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-
-
-def test_same_model_is_the_same_bytes(path, state, tmp_path):
-    model.save_model(tmp_path / "again.safetensors", dict(reversed(state.items())), INFO)
-    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
 def test_missing_model_says_which_there_are(path, tmp_path):
@@ -243,14 +240,11 @@ def test_weights_that_do_not_fit_are_named(change, named, path, state):
         ({"class_names": ["dog_bark", "siren", "drill"], "class_ids": [1, 2, 3]}, "logits.weight is float32 (2, 128)"),
         ({"class_names": ["siren", "\x1b[2J"]}, "class names that are not text, each once"),
         ({"class_names": [], "class_ids": []}, "has 0 classes: a model has 1 to 1000"),
-        ({"class_ids": [1, "2"]}, "and other class_ids: [1, '2']"),
         ({"audio": 5}, "lacks audio"),
         ({"audio": without(AUDIO, "top_db")}, "lacks the audio settings top_db"),
-        ({"audio": {**AUDIO, "n_fft": 10**12}}, "audio settings that can't be: the audio setting n_fft"),
         ({"audio": {**AUDIO, "clip_seconds": 0.1}}, "AudioCNN can't take 8 mel bands, 5 frames"),
         ({"temperature": float("nan")}, "temperature is 'nan': it must be from 0.05 to 20"),
         ({"temperature": 10**400}, "temperature is '1000"),
-        ({"temperature": "\x1b[2J"}, "temperature is '?[2J'"),
         (
             {"band_mean": [-40.0] * 8, "audio": {**AUDIO, "fine_frames": 2}},
             "of an earlier version of this project: run",
