@@ -190,12 +190,6 @@ def test_very_short_recordings(tmp_path, file_rate):
             assert features.shape == AUDIO.shape and np.isfinite(features).all()
 
 
-def test_wrong_extension_is_no_obstacle(tmp_path):
-    tone = sounds(RATE, RATE)["tone"]
-    write(tmp_path / "a.flac", tone).rename(tmp_path / "a.wav")
-    assert np.abs(read_audio(tmp_path / "a.wav", RATE) - tone).max() < 2**-15
-
-
 # --- Faults ------------------------------------------------------------------------------------------------------
 
 

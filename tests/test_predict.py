@@ -1,6 +1,5 @@
 """predict.py through its command line, and its features and probabilities against those of training."""
 
-import contextlib
 import csv
 import json
 import os
@@ -20,8 +19,8 @@ import data_loader
 import model
 import predict
 import utils
-from audio import AudioSettings, log_mel, read_audio
-from reports import answers, pictures
+from audio import read_audio
+from reports import answers
 
 RATE = 22_050  # Hz; the models' own
 SLOW_TO_IMPORT = {"librosa", "pandas", "sklearn", "wandb", "huggingface_hub", "soundata"}
@@ -184,33 +183,6 @@ def test_command_in_a_different_folder_on_a_terminal_of_ascii(assets, tmp_path, 
     done = run_script("predict.py", path.name, *flags, cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and done.stdout.startswith("se?al ? ?.wav (1.00 s)")
-
-
-def test_reader_that_has_gone_makes_no_traceback(assets, recording):
-    command = [sys.executable, REPOSITORY / "predict.py", recording, "--assets_dir", assets]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.close()  # before it has imported anything
-        assert process.stderr.read() == ""
-    assert process.returncode == 141
-
-
-@pytest.mark.skipif(os.name != "posix", reason="a pseudo-terminal is POSIX's")
-@pytest.mark.parametrize("env, is_coloured", [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_colours_only_on_a_terminal_that_wants_them(assets, recording, env, is_coloured):
-    import pty
-
-    ours, theirs = pty.openpty()
-    command = [sys.executable, REPOSITORY / "predict.py", recording, "--assets_dir", assets]
-    base = {**os.environ, "TERM": "xterm"}
-    base.pop("NO_COLOR", None)
-    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env={**base, **env}) as process:
-        os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # Linux's way to say that the other side has closed
-            while part := os.read(ours, 4096):
-                shown += part
-    os.close(ours)
-    assert process.returncode == 0 and (b"\033[" in shown) == is_coloured
 
 
 def test_quiet_top_k_and_standard_input(recording, assets, run):
@@ -399,18 +371,3 @@ def test_file_names_never_collide_and_are_short():
     assert found[:3] == ["a_b.wav", "a_b.wav_2", "a_b.wav_3"]
     assert len(set(found)) == len(names)
     assert all(len(name.encode()) <= predict.MAX_NAME + 2 and "/" not in name for name in found)
-
-
-def test_sketch_follows_the_whole_recording_whatever_the_windows(loaded):
-    samples = sound(11.3).astype(np.float32)
-    audio = AudioSettings(**loaded[1]["audio"])
-    whole = log_mel(samples, audio)
-    for window, hop in ((None, None), (1.0, 0.3), (4.0, 4.0)):
-        sketch = pictures.Sketch(audio)
-        predict.classify([samples], [loaded], window, hop, watch=sketch.add)
-        extremes, drawn = np.concatenate(sketch.extremes), np.concatenate(sketch.log_mels, axis=1)
-        assert abs(len(extremes) - len(samples) / audio.hop_length) <= 2 and drawn.shape[1] == len(extremes)
-        assert extremes.min() == samples.min() and extremes.max() == samples.max()
-        inner = slice(10, whole.shape[1] - 10)
-        likeness = np.corrcoef(drawn[:, inner].ravel(), whole[:, : drawn.shape[1]][:, inner].ravel())[0, 1]
-        assert likeness > 0.85  # frames at a window's edge hear half of it

@@ -287,22 +287,6 @@ def test_no_data_set_no_readable_clip_and_a_bad_row_are_named(dataset, preproces
 # --- Flags -------------------------------------------------------------------------------------------------------
 
 
-def test_help_explains_every_flag_and_bad_ones_are_named(run_script):
-    done = run_script(SCRIPT, "--help")
-    assert done.returncode == 0
-    for flag in ("--assets_dir", "--data_dir", "--output_dir", "--workers", "--overwrite", "--allow_missing"):
-        assert re.search(rf"^  {flag}\b", done.stdout, re.MULTILINE), flag
-    done = run_script(SCRIPT, "--workers", "0")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "--workers" in done.stderr
-
-
-def test_relative_folders(dataset, run_script, offline, tmp_path):
-    folder, _ = dataset(1, "My sounds")
-    done = run_script(SCRIPT, "--data_dir", ".", "--output_dir", "../out", cwd=folder, env=offline)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out" / "features.json").read_text())["source"] == "My sounds"
-
-
 # --- Stops and kills ---------------------------------------------------------------------------------------------
 
 

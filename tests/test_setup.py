@@ -190,15 +190,6 @@ def assert_error(result, *parts):
     assert [part for part in parts if part not in line] == [], line
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_prints_opening_comment(world, script):
-    result = bash(world, script, "--help")
-    assert_success(result, f"bash {script}", "Exit status")
-    assert "set -euo" not in result.stdout
-    if script != "03_test.sh":  # which gives its arguments to pytest
-        assert_error(bash(world, script, "--colour"), "--colour", "--help")
-
-
 # --- 00_setup.sh ----------------------------------------------------------------------------------------------------
 
 
