@@ -165,13 +165,15 @@ def logits_of(network, features, precision="float32"):
     features: (clips, n_mels, n_frames) in dB, an array or a tensor on any device.
     """
     network.eval()
-    device = network.band_mean.device
-    logits = []
+    device, logits = network.band_mean.device, None
     for start in range(0, len(features), EVALUATION_BATCH):
-        clips = torch.as_tensor(features[start : start + EVALUATION_BATCH]).to(device).float()
+        batch = slice(start, start + EVALUATION_BATCH)
         with utils.autocast(device, precision):
-            logits.append(network(clips).float().cpu())
-    return torch.cat(logits)
+            output = network(torch.as_tensor(features[batch]).to(device).float())  # (B, n_classes)
+        if logits is None:  # one tensor: small ones that stay between large ones that go would spread over the memory
+            logits = torch.empty(len(features), output.shape[1])
+        logits[batch] = output
+    return logits
 
 
 def count_parameters(network):
