@@ -1,8 +1,9 @@
-"""answers.py: timelines out of overlapping windows, and what is printed and written of them."""
+"""answers.py: timelines out of overlapping windows, what is printed and written of them, and clips of the data set."""
 
 import csv
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -93,3 +94,67 @@ def test_json_csv_and_labels_say_the_same(tmp_path):
     assert [(name, float(a), float(b), c, float(d)) for name, a, b, c, d in rows] == [("a,b.wav", *e) for e in expected]
     answers.save_labels(tmp_path / "a.txt", long.timeline)
     assert (tmp_path / "a.txt").read_text() == ("0.000000\t2.000000\tsiren 90%\n2.000000\t6.000000\tdog_bark 74%\n")
+
+
+def test_name_that_is_no_text_is_escaped_in_every_output(tmp_path, capsys):
+    name, siren = "kr\udcffhe\n.wav", answer([0], [4], [0.9])
+    answers.print_answer(name, siren, ["m"])
+    assert capsys.readouterr().out.splitlines()[0] == "kr?he .wav (4.00 s), m"
+    line = answers.as_json(name, siren, ["m"])
+    assert line.isascii() and json.loads(line)["file"] == name
+    answers.save_csv(tmp_path / "a.csv", {name: siren.timeline})
+    assert list(csv.reader((tmp_path / "a.csv").open(newline="", encoding="utf-8")))[1][0] == "kr\\udcffhe\n.wav"
+
+
+# --- Clips of the data set ---------------------------------------------------------------------------------------
+
+
+def info(fold, *training_folds):
+    return {"fold": fold, "training_folds": list(training_folds)}
+
+
+@pytest.fixture
+def assets(tmp_path, miniature):
+    """Assets with the miniature as data set, and its table where preprocessing puts it."""
+    shutil.copytree(miniature, tmp_path / "assets" / "data" / "UrbanSound8K")
+    shutil.copy(miniature / "metadata" / "UrbanSound8K.csv", tmp_path / "assets" / "data" / "clips.csv")
+    return tmp_path / "assets"
+
+
+def clips(assets, fold):
+    return sorted((assets / "data" / "UrbanSound8K" / "audio" / f"fold{fold}").glob("*.wav"))
+
+
+def test_clip_is_known_in_any_folder_by_name_and_content(assets, tmp_path):
+    one, other = clips(assets, 2)[:2]
+    copy = tmp_path / one.name
+    shutil.copy(one, copy)
+    assert answers.known_fold(one, assets) == answers.known_fold(copy, assets) == 2
+    assert answers.known_fold(copy, tmp_path / "empty", processed_dir=assets / "data") == 2
+    shutil.copy(other, copy)  # a different recording under the clip's name
+    assert answers.known_fold(copy, assets) is None
+    for name in ("dog.wav", "1-2-3.wav", "999-1-0-0.wav"):
+        shutil.copy(one, tmp_path / name)
+        assert answers.known_clip_note(tmp_path / name, [info(0, 3, 4)], assets) is None
+
+
+@pytest.mark.parametrize("table", [None, b"\xff\x00,\n"])
+def test_clip_is_not_known_without_a_readable_table(assets, table):
+    path = assets / "data" / "clips.csv"
+    path.unlink() if table is None else path.write_bytes(table)
+    assert answers.known_fold(clips(assets, 1)[0], assets) is None
+
+
+@pytest.mark.parametrize(
+    ("infos", "words"),
+    [
+        ([info(1, 3, 4)], "fold 2, which this model has not trained on"),
+        ([info(0, 2, 3)], "this model trained on it, so the answer is too good; --fold_num 1 has never heard it"),
+        ([info(0, 3, 4)], "this model has chosen its epoch with it, so the answer is too good"),
+        ([info(0, 2, 3), info(1, 1, 4), info(2, 1, 2)], "2 of 3 models trained on it"),
+        ([{}], "does not say on which folds"),
+        ([{"fold": "0", "training_folds": 3}], "does not say on which folds"),
+    ],
+)
+def test_note_says_what_an_answer_to_a_known_clip_is_worth(assets, infos, words):
+    assert words in answers.known_clip_note(clips(assets, 2)[0], infos, assets)
