@@ -14,7 +14,6 @@ import utils
 from reports import metrics, pictures
 
 FOLD_COLUMNS = ("fold", "dataset_fold", "clips", "best_epoch")
-PUBLISHED_FOLDS = {"UrbanSound8K": 10}  # data sets whose published results are means over so many folds
 MARKDOWN = re.compile(r"[\\`*<>|\[\]$&~]|\b_|_\b")  # an underscore in a word, as in dog_bark, is plain text
 MAX_CELL = 500  # characters
 PROTOCOLS = {
@@ -130,14 +129,11 @@ def coverage(results):
 
 def report_text(results):
     """Return report.md."""
-    all_folds = PUBLISHED_FOLDS.get(results["run"].get("source"), results["folds_total"]) or 0
-    is_part = results["folds_present"] < all_folds
     introduction = [
         f"# {titled('Results', results)}",
         f"**{summary_line(results)}**",
-        f"They speak for {coverage(results)} of the data set at hand. "
-        + (f"Published results are means over all {all_folds} folds: this is a part. " if is_part else "")
-        + f"Protocol: {PROTOCOLS[results['protocol']]}. Over all clips together: "
+        f"They speak for {coverage(results)} of the data set at hand; only a mean over all folds of the whole data set "
+        f"compares with published results. Protocol: {PROTOCOLS[results['protocol']]}. Over all clips together: "
         f"accuracy {percent(results['accuracy_all_clips'])}, macro F1 {percent(results['macro_f1'])}; accuracy in the "
         f"foreground {percent(results['foreground_accuracy'])}, background {percent(results['background_accuracy'])}.",
         f"## {folds_table(results)}",

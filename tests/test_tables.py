@@ -61,14 +61,8 @@ def test_part_of_the_folds_is_named_as_a_part(tmp_path, capsys):
     results = tables.write_report(folder, write_clips(tmp_path / "data"))
     assert [(row["fold"], row["dataset_fold"]) for row in results["per_fold"]] == [(0, 1), (4, 5)]
     text = (folder / "report.md").read_text()
-    assert "2 of 10 folds, 60 of 300 clips" in text and "over all 10 folds: this is a part" in text
+    assert "2 of 10 folds, 60 of 300 clips" in text and "all folds of the whole data set" in text
     assert "2 of 10 folds, 60 of 300 clips" in capsys.readouterr().out
-    whole = write_run(tmp_path / "whole", n_folds=3)
-    tables.write_report(whole)
-    assert "this is a part" not in (whole / "report.md").read_text()
-    write_run(tmp_path / "whole", n_folds=3, source="UrbanSound8K")  # of which only three folds are at hand
-    tables.write_report(whole)
-    assert "over all 10 folds: this is a part" in (whole / "report.md").read_text()
 
 
 def test_one_fold_has_no_spread(tmp_path, capsys):
