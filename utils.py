@@ -72,6 +72,8 @@ def run(main):
     except OSError as error:
         if error.errno is None:
             raise
+        if error.filename is None:  # the output itself: Python would try to write the rest again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         remedy = REMEDIES.get(error.errno, "check that path and its disk")
         sys.exit(fail(f"{one_line(error.filename or 'the output')}: {error.strerror}: {remedy}, then run it again"))
     except MemoryError as error:
