@@ -244,7 +244,7 @@ class Run:
     def record(self, fold, done=False, **scores):
         """Write a fold's progress to training_state.json and its history to results/.
 
-        Return whether this was the last of the run's folds to be done: of several processes, only one is told so.
+        Return whether it was the last of the run's folds to be done: of several processes, that is true for one.
         """
         newest = fold.newest
         entry = {"epoch": newest["epoch"], "best_epoch": newest["best"]["epoch"], "done": done, **scores}

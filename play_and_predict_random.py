@@ -6,7 +6,7 @@
 
 For each clip: its name, the sound, the distribution as bars, then the truth; after several, the running score. Each
 clip goes to the model of its own fold, the only one that has not trained on it; clips of folds without a model are
-left out, and a line says which. Without a loudspeaker, one line says so and prediction goes on without sound.
+left out, and a line says which. Without a loudspeaker, one line says so, and the bars come without sound.
 """
 
 import os

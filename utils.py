@@ -434,7 +434,7 @@ def autocast(device, precision=config.PRECISION):
 def keep_freed_memory():
     """Tell glibc's allocator to keep freed memory for the next step rather than give it back to the system.
 
-    Activations of 50 MB are freed and wanted again in every training step on a CPU; page faults for fresh memory took a
+    Activations of 50 MB are freed and needed again in every training step on a CPU; page faults for fresh memory took a
     fifth of it. Elsewhere than glibc this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):

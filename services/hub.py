@@ -360,7 +360,7 @@ class Publisher:
         """Print the first failure; later ones are silent, and close() says how many files are left."""
         if not self.has_warned:
             self.has_warned = True
-            print(f"warning: {error}. Training goes on", file=sys.stderr, flush=True)
+            print(f"warning: {error}. Training continues", file=sys.stderr, flush=True)
 
 
 # --- By hand -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     python -m sounddevice        # the devices that PortAudio finds; * or > and < mark the default ones
 
-Sound is optional: no package, no PortAudio or no device is a UserError of one line with the remedy, and callers go on
+Sound is optional: no package, no PortAudio or no device is a UserError of one line with the remedy, and callers work
 without sound where they can. Always the system's default devices: its sound settings choose them.
 """
 

@@ -315,7 +315,7 @@ def test_publisher_in_trouble_is_two_lines_and_push_sends_later(server, trained,
     done = publish(server, trained, **options)
     assert done.returncode == 0
     reason, left = done.stderr.splitlines()
-    assert reason.startswith("warning: ") and words in reason and reason.endswith(". Training goes on")
+    assert reason.startswith("warning: ") and words in reason and reason.endswith(". Training continues")
     assert left.startswith("warning: 3 files are not on the Hub yet") and "python -m services.hub push" in left
     assert REPO not in server.commits
     server.rules.clear()
