@@ -1,10 +1,5 @@
 """A Hugging Face Hub on this machine, for tests: it keeps what it gets, and refuses or stalls on request.
 
-    with HubServer() as server:
-        server.fail("POST .*/preupload/", 429)
-        subprocess.run(command, env={**os.environ, **server.environment(tmp_path)})
-        assert server.files("datasets/me/sounds") == {"README.md": b"..."}
-
 It answers the requests that services/hub.py makes through huggingface_hub 2.4: create a repository, upload (preupload,
 git LFS, commit), look up, download. It has no Xet storage; HF_HUB_DISABLE_XET selects git LFS.
 """
@@ -35,8 +30,8 @@ def oid(path, data):
 class HubServer:
     """The server, listening while the `with` block runs. Keys of repositories are "owner/name", "datasets/owner/name".
 
-    commits: {key: [(id, title, {path: bytes})]}, oldest first; private: the keys of private repositories; objects:
-    {sha256: bytes} of LFS; requests: "METHOD path" as they came; uploads: sha256 of each LFS upload.
+    commits: {key: [(id, {path: bytes})]}, oldest first; private: keys of private repositories; objects: {sha256: bytes}
+    of LFS; requests: "METHOD path" as they came; uploads: sha256 of each LFS upload; rules: see `answer`.
     """
 
     def __init__(self):
@@ -52,128 +47,101 @@ class HubServer:
         return self
 
     def __exit__(self, *_):
-        self.die()
+        self.is_open = False
+        self.listener.shutdown()
+        self.listener.server_close()
 
-    def die(self):
-        """Close the port: later connections are refused."""
-        if self.is_open:
-            self.is_open = False
-            self.listener.shutdown()
-            self.listener.server_close()
-
-    def environment(self, home, token=TOKEN):
-        """Return the environment variables that make a client use this server; caches and tokens lie below `home`."""
+    def environment(self, home):
+        """Return the environment variables that make a client use this server; its caches lie below `home`."""
         names = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
-        return {**names, "HF_HUB_OFFLINE": "0", "HF_TOKEN": token or ""}
+        return {**names, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
 
-    def fail(self, on, status, message="", body=None):
-        """Answer requests whose "METHOD path" has the regular expression `on` with an error, or with a body."""
-        answer = status, {"X-Error-Message": message}, {"error": message} if body is None else body
-        self.rules.append((re.compile(on), answer))
-
-    def stall(self, on):
-        """Never answer such requests."""
-        self.rules.append((re.compile(on), None))
+    def answer(self, on, status, text=""):
+        """Answer requests whose "METHOD path" has the regular expression `on` with this; status None: never."""
+        self.rules.append((re.compile(on), (status, {"X-Error-Message": text}, text.encode())))
 
     def files(self, key):
-        """Return {path: bytes} of a repository's branch main."""
-        return self.commits[key][-1][2]
+        """Return {path: bytes} of a repository's newest commit."""
+        return self.commits[key][-1][1]
 
-    def put(self, key, files, title="put by the test"):
+    def put(self, key, files):
         """Commit {path: bytes} to a repository, which is made if needed."""
         commits = self.commits.setdefault(key, [])
-        content = {**(commits[-1][2] if commits else {}), **files}
         self.objects.update({hashlib.sha256(data).hexdigest(): data for data in files.values()})
-        commits.append((hashlib.sha1(f"{key} {len(commits)}".encode()).hexdigest(), title, content))
-        return commits[-1][0]
+        content = {**(commits[-1][1] if commits else {}), **files}
+        commits.append((hashlib.sha1(f"{key} {len(commits)}".encode()).hexdigest(), content))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     hub = None
     protocol_version = "HTTP/1.1"
 
-    # A (regular expression on "METHOD path", method) each; group 1 is a repository's key
+    # A (regular expression on "METHOD path", method) each; a key of a repository is a group
     ROUTES = (
         (r"POST /api/repos/create", "create"),
         (r"POST /api/validate-yaml", "validate_card"),
         (r"POST /api/((?:models|datasets)/[^/]+/[^/]+)/preupload/main", "preupload"),
-        (r"POST /((?:datasets/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        (r"POST /(?:datasets/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", "lfs_batch"),
         (r"PUT /lfs/([0-9a-f]{64})", "lfs_put"),
         (r"POST /api/((?:models|datasets)/[^/]+/[^/]+)/commit/main", "commit"),
         (r"GET /api/((?:models|datasets)/[^/]+/[^/]+)(?:/revision/main)?", "info"),
-        (r"(?:GET|HEAD) /((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        (r"(?:GET|HEAD) /((?:datasets/)?[^/]+/[^/]+)/resolve/[^/]+/(.+)", "resolve"),
         (r"GET /lfs/([0-9a-f]{64})", "lfs_get"),
     )
 
     def handle_request(self):
         request = f"{self.command} {unquote(urlsplit(self.path).path)}"
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or self.read_chunks()
-        self.is_mine = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append(request)
-        for on, answer in self.hub.rules:
-            if on.search(request):
-                while answer is None and self.hub.is_open:
-                    time.sleep(0.05)
-                return self.answer(*(answer or (503, {}, b"")))
-        for pattern, name in self.ROUTES:
-            if match := re.fullmatch(pattern, request):
-                groups = [group.removeprefix("models/") for group in match.groups()]
-                with self.hub.lock:
-                    answer = getattr(self, name)(*groups)
-                return self.answer(*answer)
-        return self.answer(404, {}, {"error": f"no route {request}"})
+        self.send(*self.answer_to(request))
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
-    def read_chunks(self):
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return b""
-        data = b""
-        while size := int(self.rfile.readline(), 16):
-            data += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return data
+    def answer_to(self, request):
+        """Return (status, headers, body)."""
+        for on, answer in self.hub.rules:
+            if on.search(request):
+                while answer[0] is None and self.hub.is_open:
+                    time.sleep(0.05)
+                return answer[0] or 503, *answer[1:]
+        if "/lfs/" not in request and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.problem(401, "", "Invalid credentials in Authorization header")
+        for pattern, name in self.ROUTES:
+            if match := re.fullmatch(pattern, request):
+                groups = [group.removeprefix("models/") for group in match.groups()]
+                if name in ("info", "resolve") and groups[0] not in self.hub.commits:
+                    return self.problem(404, "RepoNotFound", "Repository not found")
+                with self.hub.lock:
+                    return getattr(self, name)(*groups)
+        return self.problem(404, "", f"no route {request}")
 
-    def answer(self, status, headers, body):
+    def send(self, status, headers, body):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **headers}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            with contextlib.suppress(ConnectionError):  # a client that was killed
+        with contextlib.suppress(ConnectionError):  # a client that was killed
+            self.send_response(status)
+            for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            if self.command != "HEAD":
                 self.wfile.write(body)
 
     def log_message(self, *_):
         """Print nothing: `requests` has it."""
 
-    # Each route returns (status, headers, body).
+    # Each of these returns (status, headers, body).
 
     def problem(self, status, code, message):
         return status, {"X-Error-Code": code, "X-Error-Message": message}, {"error": message}
 
-    def refusal(self, key, is_write=False):
-        """Return the answer that the Hub gives someone who may not know or change a repository, or None."""
-        if not self.is_mine and self.headers.get("Authorization"):
-            return self.problem(401, "", "Invalid credentials in Authorization header")
-        if key not in self.hub.commits or (key in self.hub.private and not self.is_mine):
-            return self.problem(404 if self.is_mine else 401, "RepoNotFound", "Repository not found")
-        if is_write and not (self.is_mine and f"/{key}".rsplit("/", 2)[1] == USER):
-            return self.problem(403, "", "Forbidden: pass `create_pr=1` as a query parameter to create a PR")
-        return None
-
     def create(self):
         asked = json.loads(self.body)
-        if not self.is_mine:
-            return self.problem(401, "", "Invalid username or password.")
         if asked.get("organization", USER) != USER:
             return self.problem(403, "", "You don't have the rights to create a repo under this namespace")
         key = "datasets/" * (asked["type"] == "dataset") + f"{USER}/{asked['name']}"
         is_new = key not in self.hub.commits
         if is_new:
             self.hub.private |= {key} if asked["visibility"] == "private" else set()
-            self.hub.put(key, {".gitattributes": b"*.pkl filter=lfs\n"}, title="initial commit")
+            self.hub.put(key, {".gitattributes": b"*.pkl filter=lfs\n"})
         return 200 if is_new else 409, {}, {"url": f"{self.hub.endpoint}/{key}"}
 
     def validate_card(self):
@@ -181,8 +149,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return 200 if isinstance(header, dict) else 400, {}, {"errors": [], "warnings": []}
 
     def preupload(self, key):
-        if refusal := self.refusal(key, is_write=True):
-            return refusal
         files = []
         for path in (file["path"] for file in json.loads(self.body)["files"]):
             there = self.hub.files(key).get(path)
@@ -191,12 +157,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
         return 200, {}, {"files": files}
 
-    def lfs_batch(self, key):
+    def lfs_batch(self):
         objects = json.loads(self.body)["objects"]
         for item in objects:
             if item["oid"] not in self.hub.objects:
                 item["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{item['oid']}"}}
-        return self.refusal(key, is_write=True) or (200, {}, {"transfer": "basic", "objects": objects})
+        return 200, {}, {"transfer": "basic", "objects": objects}
 
     def lfs_put(self, sha256):
         assert hashlib.sha256(self.body).hexdigest() == sha256
@@ -205,38 +171,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return 200, {}, b""
 
     def commit(self, key):
-        if refusal := self.refusal(key, is_write=True):
-            return refusal
-        header, *items = [json.loads(line) for line in self.body.splitlines()]
+        _, *items = [json.loads(line) for line in self.body.splitlines()]
         files = {}
         for kind, value in ((item["key"], item["value"]) for item in items):
             is_lfs = kind == "lfsFile"
             files[value["path"]] = self.hub.objects[value["oid"]] if is_lfs else base64.b64decode(value["content"])
-        commit_id = self.hub.put(key, files, title=header["value"]["summary"])
+        self.hub.put(key, files)
+        commit_id = self.hub.commits[key][-1][0]
         return 200, {}, {"commitOid": commit_id, "commitUrl": f"{self.hub.endpoint}/{key}/commit/{commit_id}"}
 
     def info(self, key):
-        if refusal := self.refusal(key):
-            return refusal
-        siblings = [{"rfilename": path, "size": len(data)} for path, data in self.hub.files(key).items()]
+        siblings = [{"rfilename": path} for path in self.hub.files(key)]
         return 200, {}, {"id": key.removeprefix("datasets/"), "sha": self.hub.commits[key][-1][0], "siblings": siblings}
 
-    def resolve(self, key, revision, path):
-        if refusal := self.refusal(key):
-            return refusal
-        commit_id, _, files = next(
-            (commit for commit in self.hub.commits[key] if commit[0] == revision), self.hub.commits[key][-1]
-        )
-        headers = {"X-Repo-Commit": commit_id}
+    def resolve(self, key, path):
+        commit_id, files = self.hub.commits[key][-1]
         if path not in files:
-            status, more, body = self.problem(404, "EntryNotFound", "Entry not found")
-            return status, {**headers, **more}, body
-        data, etag = files[path], f'"{oid(path, files[path])}"'
+            status, headers, body = self.problem(404, "EntryNotFound", "Entry not found")
+            return status, {**headers, "X-Repo-Commit": commit_id}, body
+        headers = {"X-Repo-Commit": commit_id, "ETag": f'"{oid(path, files[path])}"'}
         if not path.endswith(LFS_ENDINGS):
-            return 200, {**headers, "ETag": etag}, data
+            return 200, headers, files[path]
         storage = self.hub.endpoint.replace("127.0.0.1", "localhost")  # a different host's, as the Hub's is
-        linked = {"X-Linked-ETag": etag, "X-Linked-Size": len(data)}
-        return 302, {**headers, **linked, "Location": f"{storage}/lfs/{oid(path, data)}"}, b""
+        linked = {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": len(files[path])}
+        return 302, {**headers, **linked, "Location": f"{storage}/lfs/{oid(path, files[path])}"}, b""
 
     def lfs_get(self, sha256):
         return 200, {}, self.hub.objects[sha256]
