@@ -4,7 +4,6 @@ It answers the requests that services/hub.py makes through huggingface_hub 2.4: 
 git LFS, commit), look up, download. It has no Xet storage; HF_HUB_DISABLE_XET selects git LFS.
 """
 
-import base64
 import contextlib
 import hashlib
 import http.server
@@ -12,9 +11,8 @@ import json
 import re
 import threading
 import time
+from base64 import b64decode
 from urllib.parse import unquote, urlsplit
-
-import yaml
 
 TOKEN, USER = "hf_token_of_me", "me"
 LFS_ENDINGS = (".pkl", ".safetensors", ".png")  # some of a new repository's .gitattributes
@@ -37,7 +35,6 @@ class HubServer:
     def __init__(self):
         self.commits, self.private, self.objects = {}, set(), {}
         self.requests, self.uploads, self.rules = [], [], []
-        self.lock, self.is_open = threading.RLock(), True
 
     def __enter__(self):
         self.listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
@@ -47,14 +44,13 @@ class HubServer:
         return self
 
     def __exit__(self, *_):
-        self.is_open = False
         self.listener.shutdown()
         self.listener.server_close()
 
     def environment(self, home):
         """Return the environment variables that make a client use this server; its caches lie below `home`."""
-        names = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
-        return {**names, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+        names = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        return {**names, "NO_PROXY": "*", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
 
     def answer(self, on, status, text=""):
         """Answer requests whose "METHOD path" has the regular expression `on` with this; status None: never."""
@@ -101,9 +97,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return (status, headers, body)."""
         for on, answer in self.hub.rules:
             if on.search(request):
-                while answer[0] is None and self.hub.is_open:
-                    time.sleep(0.05)
-                return answer[0] or 503, *answer[1:]
+                if answer[0] is None:
+                    time.sleep(3600)
+                return answer
         if "/lfs/" not in request and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.problem(401, "", "Invalid credentials in Authorization header")
         for pattern, name in self.ROUTES:
@@ -111,8 +107,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 groups = [group.removeprefix("models/") for group in match.groups()]
                 if name in ("info", "resolve") and groups[0] not in self.hub.commits:
                     return self.problem(404, "RepoNotFound", "Repository not found")
-                with self.hub.lock:
-                    return getattr(self, name)(*groups)
+                return getattr(self, name)(*groups)
         return self.problem(404, "", f"no route {request}")
 
     def send(self, status, headers, body):
@@ -138,23 +133,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if asked.get("organization", USER) != USER:
             return self.problem(403, "", "You don't have the rights to create a repo under this namespace")
         key = "datasets/" * (asked["type"] == "dataset") + f"{USER}/{asked['name']}"
-        is_new = key not in self.hub.commits
-        if is_new:
-            self.hub.private |= {key} if asked["visibility"] == "private" else set()
-            self.hub.put(key, {".gitattributes": b"*.pkl filter=lfs\n"})
-        return 200 if is_new else 409, {}, {"url": f"{self.hub.endpoint}/{key}"}
+        if key in self.hub.commits:
+            return 409, {}, {"url": f"{self.hub.endpoint}/{key}"}
+        self.hub.private |= {key} if asked["visibility"] == "private" else set()
+        self.hub.put(key, {".gitattributes": b"*.pkl filter=lfs\n"})
+        return 200, {}, {"url": f"{self.hub.endpoint}/{key}"}
 
     def validate_card(self):
-        header = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", json.loads(self.body)["content"], re.S)[1])
-        return 200 if isinstance(header, dict) else 400, {}, {"errors": [], "warnings": []}
+        return 200, {}, {"errors": [], "warnings": []}
 
     def preupload(self, key):
         files = []
         for path in (file["path"] for file in json.loads(self.body)["files"]):
-            there = self.hub.files(key).get(path)
             mode = "lfs" if path.endswith(LFS_ENDINGS) else "regular"
-            known = {} if there is None else {"oid": oid(path, there)}
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False})
+            if path in self.hub.files(key):
+                files[-1]["oid"] = oid(path, self.hub.files(key)[path])
         return 200, {}, {"files": files}
 
     def lfs_batch(self):
@@ -171,12 +165,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return 200, {}, b""
 
     def commit(self, key):
-        _, *items = [json.loads(line) for line in self.body.splitlines()]
-        files = {}
-        for kind, value in ((item["key"], item["value"]) for item in items):
-            is_lfs = kind == "lfsFile"
-            files[value["path"]] = self.hub.objects[value["oid"]] if is_lfs else base64.b64decode(value["content"])
-        self.hub.put(key, files)
+        _, *items = [json.loads(line)["value"] for line in self.body.splitlines()]
+        contents = [self.hub.objects[item["oid"]] if "oid" in item else b64decode(item["content"]) for item in items]
+        self.hub.put(key, {item["path"]: content for item, content in zip(items, contents, strict=True)})
         commit_id = self.hub.commits[key][-1][0]
         return 200, {}, {"commitOid": commit_id, "commitUrl": f"{self.hub.endpoint}/{key}/commit/{commit_id}"}
 
