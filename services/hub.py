@@ -246,7 +246,7 @@ class Publisher:
             return True
         except Exception as error:
             if self.is_sent:
-                print(f"warning: {error}. Training goes on", file=sys.stderr, flush=True)
+                print(f"warning: {error}. Training continues", file=sys.stderr, flush=True)
             return False
 
 

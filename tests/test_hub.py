@@ -194,7 +194,7 @@ def test_publisher_sends_pruned_epochs_and_a_resumed_run_sends_nothing_twice(ser
 )
 def test_publisher_in_trouble_is_two_lines(server, trained, environment, words):
     reason, left = publish(server, trained, **environment).stderr.splitlines()
-    assert words in reason and reason.endswith(". Training goes on")
+    assert words in reason and reason.endswith(". Training continues")
     assert left.endswith(f"to send the rest: python -m services.hub push --assets_dir {trained}")
 
 
