@@ -130,21 +130,6 @@ def load_checkpoint(path, epoch):
     return checkpoint
 
 
-def check_disk_space(folder, n_folds, epochs, n_parameters):
-    """Raise a UserError now if the disk can't hold what the training of n_folds folds will write."""
-    weights = 4 * n_parameters  # bytes
-    kept = epochs if config.KEEP_EPOCHS is None else config.KEEP_EPOCHS + 1  # one more before the oldest goes
-    # A .pt holds weights, best weights and two moments of AdamW, a .safetensors weights; a fold has two more of these.
-    waiting = epochs if config.HF_MODEL_REPO_ID else 0  # for the Hub, if it can't be reached
-    needed = n_folds * weights * (5 * kept + 2 + waiting)
-    utils.need_space(
-        folder,
-        needed,
-        f", and {n_folds} folds need {needed / 1e6:,.0f} MB: "
-        "make room, keep fewer KEEP_EPOCHS (config.py), or use another --assets_dir",
-    )
-
-
 # --- training_state.json -----------------------------------------------------------------------------------------
 
 

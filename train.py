@@ -420,7 +420,12 @@ def start_again(paths, folds, settings):
 def cross_validate(data, settings, run, device, services):
     """Train and test the folds that no other process has, then write the report if the last of them was ours."""
     done = [fold for fold in run.folds if run.is_done(fold)]
-    announce(data, settings, run, device, done)
+    print(
+        f"{settings['model']} on {device}: {len(data.labels)} clips, {len(run.folds)} of {len(set(data.folds))} folds, "
+        f"{settings['epochs']} epochs, validation {settings['validation']} -> {run.paths.checkpoints}"
+    )
+    for fold in done:
+        print(f"fold {fold}: done already")
     is_last = len(done) == len(run.folds)  # a finished run prints its table again
     features = place_features(data.features, device)  # (clips, n_mels, n_frames)
     for number in run.claim():
@@ -438,19 +443,6 @@ def cross_validate(data, settings, run, device, services):
     results = tables.write_report(run.paths.results, run.paths.processed)
     services.at_end(results)
     audit.report(run.paths, data)
-
-
-def announce(data, settings, run, device, done):
-    """Check that there is room, and print what is to be done and what is done already."""
-    n_parameters = model.count_parameters(model.build_model(settings, len(data.class_names), data.audio))
-    checkpoint.check_disk_space(run.paths.checkpoints, len(run.folds) - len(done), settings["epochs"], n_parameters)
-    folds = f"{len(run.folds)} of {len(set(data.folds.tolist()))} folds"
-    print(
-        f"{settings['model']} on {device}: {len(data.labels)} clips, {folds}, {settings['epochs']} epochs, "
-        f"validation {settings['validation']} -> {run.paths.checkpoints}"
-    )
-    for fold in done:
-        print(f"fold {fold}: done already")
 
 
 if __name__ == "__main__":
