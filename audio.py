@@ -11,10 +11,14 @@ Nothing here imports torch or pandas: the preprocessing workers do not wait for 
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
+import os
 import shutil
 import struct
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +44,7 @@ SETTING_LIMITS = {  # min and max that make sense; features and models from untr
 }
 SETTING_CHOICES = {"short_clips": ("repeat", "silence"), "feature_dtype": ("float16", "float32")}
 MAX_FFT_SAMPLES = 2**27  # frames x n_fft of one clip
+MAX_FEATURES = 2**21  # mel bands x frames of one clip: 380 s by default; the network takes 400 bytes for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,8 @@ class AudioSettings:
             raise UserError(f"the audio setting f_min is {self.f_min} and f_max {self.f_max}: f_max must be higher")
         if self.n_frames * self.n_fft > MAX_FFT_SAMPLES:
             raise UserError(f"the audio settings make {self.n_frames} frames of {self.n_fft} samples: raise hop_length")
+        if self.n_frames * self.n_mels > MAX_FEATURES:
+            raise UserError(f"the audio settings make {self.n_frames} frames of {self.n_mels} bands: raise hop_length")
 
     @property
     def clip_samples(self):
@@ -93,17 +100,25 @@ class AudioSettings:
 
 # --- Recording to samples ----------------------------------------------------------------------------------------
 
+UNKNOWN_LENGTH = sys.maxsize  # samples; libsndfile's answer where a header has none
 MAX_HOURS = 4  # h; a longer recording is refused before memory is taken for the whole of it
+MIN_RATE, MAX_RATE = 1000, 1_000_000  # Hz of a recording
+MAX_CHANNELS = 64
 MAX_LEVEL = 1e12  # full scale is 1; beyond MAX_LEVEL the power of a frame leaves float32's range
+OPPOSITE = 0.1  # the mean's peak in shares of a channel's, below which the channels cancel each other
 BLOCK_SAMPLES = 1 << 18  # samples of each channel that are decoded at a time: 6 s at 44.1 kHz
+TAIL_BYTES = 1 << 13  # that a file may have behind its sound (titles)
+SAMPLE_BYTES = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
+FFMPEG_SECONDS = 60  # s without a sample after which ffmpeg has failed
+FFMPEG_INPUTS = "aac,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav,wv"
 MIN_TAIL = 0.1  # of a hop; less sound than this after the last full window gets no window of its own
 
 
 def read_audio(path, sample_rate):
     """Return a recording as mono float32 samples, shape (n,), resampled to `sample_rate` Hz.
 
-    Channels are averaged. UserError names a file that is missing, not audio, empty, longer than MAX_HOURS, or has
-    samples that are not finite numbers.
+    Channels are averaged; of those that cancel each other, the loudest is taken. UserError names a file that is
+    missing, not audio, empty, longer than MAX_HOURS, or has samples that are not finite numbers.
     """
     try:
         return np.concatenate(list(stream_audio(path, sample_rate, MAX_HOURS)))
@@ -149,16 +164,25 @@ def open_audio(path, max_hours=None):
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder, not an audio file: name one file in it")
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no such file: {path}")
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file: cat {path} | python predict.py -")
     with contextlib.ExitStack() as stack:
+        descriptor = stack.enter_context(open(path, "rb", buffering=0)).fileno()
         try:
-            file = stack.enter_context(soundfile.SoundFile(path))
-            rate, blocks = file.samplerate, soundfile_blocks(file)
-            if max_hours and file.frames > max_hours * 3600 * rate:
+            file = stack.enter_context(soundfile.SoundFile(descriptor, closefd=False))
+        except (soundfile.LibsndfileError, ValueError) as error:
+            rate, channels, blocks = stack.enter_context(open_with_ffmpeg(path, reason_of(error)))
+        else:
+            rate, channels, blocks = file.samplerate, file.channels, soundfile_blocks(path, file, descriptor)
+            if max_hours and max_hours * 3600 * rate < file.frames < UNKNOWN_LENGTH:
                 raise UserError(f"{path} has {file.frames} samples at {rate} Hz, over {max_hours} h: cut it")
-        except (soundfile.LibsndfileError, TypeError, ValueError) as error:  # TypeError: a name that ends in .raw
-            rate, blocks = stack.enter_context(open_with_ffmpeg(path, error))
+        if not MIN_RATE <= rate <= MAX_RATE or not 1 <= channels <= MAX_CHANNELS:
+            raise UserError(
+                f"{path} says {rate} Hz and {channels} channels: {MIN_RATE} to {MAX_RATE} Hz and up to {MAX_CHANNELS} "
+                "channels are read. Convert it to WAV"
+            )
         yield rate, checked(blocks, path, max_hours and max_hours * 3600 * rate)  # a header may lie
 
 
@@ -168,35 +192,77 @@ def duration(path):
         info = soundfile.info(path)
     except (soundfile.LibsndfileError, TypeError, ValueError):
         return None
-    return info.duration if 0 < info.frames < 1e12 else None
+    return info.duration if 0 < info.frames < UNKNOWN_LENGTH else None
 
 
-def soundfile_blocks(file):
-    """Yield blocks of samples, (n, channels), int16 or float32, from an open SoundFile."""
+def soundfile_blocks(path, file, descriptor):
+    """Yield blocks of samples, (n, channels), int16 or float32, from an open SoundFile, to the end of the sound.
+
+    How many samples there are, libsndfile takes from the header, or guesses: of an MP3 without a table of contents, of
+    files put together with `cat`, and of a WAV beyond 4 GB or of a recorder that was switched off, it reads a part.
+    descriptor: of the same file, which shows how far it has read.
+    """
     # 16-bit samples are read as such: libsndfile takes five times as long to turn them into float32.
     dtype = "int16" if file.subtype == "PCM_16" else "float32"
+    file.seekable = lambda: False  # else soundfile seeks after each block, which fails in a FLAC of unknown length
+    first_byte, n_read = os.lseek(descriptor, 0, os.SEEK_CUR), 0
     while len(block := file.read(BLOCK_SAMPLES, dtype=dtype, always_2d=True)):
+        n_read += len(block)
         yield block
+    if file.format in ("WAV", "WAVEX"):
+        yield from headerless_blocks(file, descriptor, first_byte, n_read)
+    elif file.format in ("MP3", "OGG", "FLAC") and bytes_left(descriptor) > TAIL_BYTES:
+        reason = f"it goes on after the {n_read / file.samplerate:.1f} s that can be read"
+        with open_with_ffmpeg(path, reason) as (_, _, blocks):
+            for block in blocks:
+                if len(block) > n_read:
+                    yield block[n_read:]
+                n_read = max(n_read - len(block), 0)
+
+
+def bytes_left(descriptor):
+    """Return how many bytes of an open file come after its position."""
+    return os.fstat(descriptor).st_size - os.lseek(descriptor, 0, os.SEEK_CUR)
+
+
+def headerless_blocks(file, descriptor, first_byte, n_read):
+    """Yield the samples of a WAV that lie behind those that its header has: all that is no further RIFF chunk.
+
+    first_byte: position of the samples in the file; n_read: how many of each channel the header has.
+    """
+    if file.subtype not in SAMPLE_BYTES or os.pread(descriptor, 4, 0) != b"RIFF":
+        return
+    frame_bytes = file.channels * SAMPLE_BYTES[file.subtype]
+    start, size = first_byte + n_read * frame_bytes, os.fstat(descriptor).st_size
+    name, length = struct.unpack("<4sI", os.pread(descriptor, 8, start + start % 2).ljust(8))
+    if name.isascii() and name.decode().isprintable() and start + length <= size:
+        return
+    settings = {"samplerate": file.samplerate, "channels": file.channels, "subtype": file.subtype, "format": "RAW"}
+    for position in range(start, size - frame_bytes + 1, BLOCK_SAMPLES * frame_bytes):
+        part = io.BytesIO(os.pread(descriptor, BLOCK_SAMPLES * frame_bytes, position))
+        yield soundfile.read(part, dtype="float32", always_2d=True, endian="LITTLE", **settings)[0]
 
 
 @contextlib.contextmanager
-def open_with_ffmpeg(path, soundfile_error):
-    """Open a file that soundfile can't read as (rate in Hz, blocks of samples (n, channels) int16), through a pipe.
+def open_with_ffmpeg(path, reason):
+    """Open a file that soundfile can't read as (rate in Hz, channels, blocks of samples (n, channels) int16).
 
     UserError with soundfile's own reason if there is no ffmpeg, or if it can't decode the file either.
     """
-    refusal = f"{path} can't be decoded as audio ({reason_of(soundfile_error)}): convert it to WAV"
+    refusal = f"{path} can't be decoded as audio ({reason}): convert it to WAV"
     if not shutil.which("ffmpeg"):
-        raise UserError(f"{refusal}, or install ffmpeg for more formats") from soundfile_error
-    command = ["ffmpeg", "-nostdin", "-v", "quiet", "-i", f"file:{path}", "-vn", "-c:a", "pcm_s16be", "-f", "au", "-"]
+        raise UserError(f"{refusal}, or install ffmpeg for more formats")
+    # Formats that name other files, such as playlists, are left out, and so is the network.
+    command = ["ffmpeg", "-nostdin", "-v", "quiet", "-protocol_whitelist", "file", "-format_whitelist", FFMPEG_INPUTS]
+    command += ["-i", f"file:{path}", "-vn", "-c:a", "pcm_s16be", "-f", "au", "-"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         try:
-            header = process.stdout.read(24)  # of Sun's AU format: big-endian, and it needs no length
+            header = read_or_fail(process, 24)  # of Sun's AU format: big-endian, and it needs no length
             if len(header) < 24:
-                raise UserError(f"{refusal} (ffmpeg can't read it either)") from soundfile_error
+                raise UserError(f"{refusal} (ffmpeg finds no sound in it either)")
             _, samples_at, _, _, rate, channels = struct.unpack(">6I", header)
-            process.stdout.read(samples_at - 24)
-            yield rate, ffmpeg_blocks(process, channels)
+            read_or_fail(process, samples_at - 24)
+            yield rate, channels, ffmpeg_blocks(process, channels)
         finally:
             process.kill()
 
@@ -204,11 +270,21 @@ def open_with_ffmpeg(path, soundfile_error):
 def ffmpeg_blocks(process, channels):
     """Yield blocks of samples, (n, channels) int16, from a running ffmpeg."""
     sample_bytes = 2 * channels
-    while part := process.stdout.read(BLOCK_SAMPLES * sample_bytes):
+    while part := read_or_fail(process, BLOCK_SAMPLES * sample_bytes):
         whole = len(part) // sample_bytes * sample_bytes
         yield np.frombuffer(part[:whole], ">i2").astype(np.int16).reshape(-1, channels)
     if process.wait():
         raise OSError(f"ffmpeg ended with status {process.returncode}")
+
+
+def read_or_fail(process, size):
+    """Return `size` bytes of a process's output, fewer at its end. A process without output for long is killed."""
+    timer = threading.Timer(FFMPEG_SECONDS, process.kill)
+    timer.start()
+    try:
+        return process.stdout.read(size)
+    finally:
+        timer.cancel()
 
 
 def reason_of(error):
@@ -222,6 +298,8 @@ def checked(blocks, path, max_samples):
     while True:
         try:
             block = next(blocks, None)
+        except UserError:
+            raise
         except Exception as error:  # a damaged file, in the words of its decoder
             reason = reason_of(error)
             raise UserError(f"{path} can't be decoded as audio to its end ({reason}): export it again") from error
@@ -239,11 +317,18 @@ def checked(blocks, path, max_samples):
 
 
 def to_mono(samples):
-    """Return the mean over channels, (n,) float32 with full scale 1, of samples (n, channels), int16 or float32."""
-    weight = 1 / samples.shape[1] / (32_768 if samples.dtype == np.int16 else 1)
+    """Return the mean over channels, (n,) float32 with full scale 1, of samples (n, channels), int16 or float32.
+
+    Where the channels cancel each other, as in a recording with one of them inverted, the loudest is taken.
+    """
+    n_channels = samples.shape[1]
+    full_scale = 32_768 if samples.dtype == np.int16 else 1
     with np.errstate(all="ignore"):  # `checked` looks for NaN
         # A product: six times as fast as mean().
-        return samples.astype(np.float32, copy=False) @ np.full(samples.shape[1], weight, np.float32)
+        mono = samples.astype(np.float32, copy=False) @ np.full(n_channels, 1 / n_channels / full_scale, np.float32)
+        if n_channels > 1 and mono.max() * full_scale * n_channels < OPPOSITE * samples.max():
+            mono = samples[:, samples.max(axis=0).argmax()].astype(np.float32) / np.float32(full_scale)
+    return mono
 
 
 def windows(blocks, length, hop):
