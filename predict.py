@@ -83,13 +83,15 @@ def fold_or_all(text):
 def find_recordings(names):
     """Return the files that names, folders and patterns stand for, in order, each once; - stays as it is.
 
+    What macOS keeps beside a file on other disks, as ._a.wav, is no recording.
+
     UserError for a folder without recordings and a pattern without files. Any other name is checked when it is opened.
     """
     found = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
             if not files:
                 raise UserError(f"no recordings in {path}: their names must end in one of {' '.join(sorted(SUFFIXES))}")
         elif glob.has_magic(name) and not path.exists():
@@ -200,16 +202,16 @@ def predict(network, info, samples):
 
 @contextlib.contextmanager
 def opened(recording):
-    """Yield a recording as a path; standard input is kept in a temporary file meanwhile."""
-    if recording != "-":
+    """Yield a recording as a path; what comes through a pipe, as - or <(...), is kept in a temporary file meanwhile."""
+    if recording != "-" and not str(recording).startswith(("/dev/stdin", "/dev/fd/", "/proc/self/fd/")):
         yield recording
         return
-    if sys.stdin is None or sys.stdin.isatty():
+    if recording == "-" and (sys.stdin is None or sys.stdin.isatty()):
         raise UserError("nothing comes through standard input: cat recording.wav | python predict.py -")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "standard input"
-        with open(path, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
+        with open(path, "wb") as file, open(0 if recording == "-" else recording, "rb") as pipe:
+            shutil.copyfileobj(pipe, file)
         yield path
 
 

@@ -189,11 +189,13 @@ def test_quiet_top_k_and_standard_input(recording, assets, run):
     _, best, shares = read_output(run(recording))
     assert run(recording, "--quiet").stdout == f"{best}\n"
     assert len(run(recording, "--top_k", 3).stdout.splitlines()) == 5
-    command = [sys.executable, str(REPOSITORY / "predict.py"), "-", "--json", "--assets_dir", str(assets)]
-    with open(recording, "rb") as file:
-        (value,) = as_json(subprocess.run(command, stdin=file, capture_output=True, text=True))
-    assert value["file"] == "standard input" and value["class"] == best
-    assert value["probabilities"] == pytest.approx({name: share / 100 for name, share in shares.items()}, abs=6e-4)
+    script = f"{sys.executable} {REPOSITORY}/predict.py --json --assets_dir {assets}"
+    command = f"{script} - <(cat {recording}) < {recording}"
+    values = as_json(subprocess.run(["bash", "-c", command], capture_output=True, text=True))
+    assert values[0]["file"] == "standard input" and values[1]["file"].startswith("/dev/fd/")
+    for value in values:
+        assert value["class"] == best
+        assert value["probabilities"] == pytest.approx({name: share / 100 for name, share in shares.items()}, abs=6e-4)
 
 
 # --- Recordings --------------------------------------------------------------------------------------------------
@@ -232,6 +234,7 @@ def test_what_is_no_recording_is_named(reason, run, tmp_path):
 
 
 def test_folders_patterns_and_files(folder, run):
+    (folder / "._b.wav").write_text("what macOS keeps beside a file")
     expected = [str(folder / name) for name in ("a.flac", "b.wav", "below/c.OGG")]
     for arguments in ([folder], [folder / "**" / "*.[wfO]*"], [folder, expected[1], folder / "*.wav"]):
         values = as_json(run(*arguments, "--json"))
