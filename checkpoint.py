@@ -46,6 +46,13 @@ def result_path(results_dir, name, fold):
     return results_dir / f"{name}_fold_{fold}.csv"
 
 
+def file_digests(paths, fold):
+    """Return {"model": digest, "predictions": ..., "history": ...} of a fold's files, None for one that is missing."""
+    files = {name: result_path(paths.results, name, fold) for name in ("predictions", "history")}
+    files["model"] = model_path(paths.models, fold)
+    return {name: utils.file_digest(path) for name, path in files.items()}
+
+
 # --- Save and load -----------------------------------------------------------------------------------------------
 
 
@@ -207,15 +214,15 @@ class Run:
             utils.save_json(self.path, state)
 
     def is_done(self, fold):
-        """Return whether a fold is trained and tested, with its files in place."""
-        files = model_path(self.paths.models, fold), result_path(self.paths.results, "predictions", fold)
+        """Return whether a fold is trained and tested, and its files are as the training wrote them."""
         entry = load_state(self.path)["folds"].get(str(fold), {})
-        return entry.get("done", False) and all(path.is_file() for path in files)
+        return entry.get("done", False) and entry.get("files") == file_digests(self.paths, fold)
 
     def claim(self):
         """Yield the folds of this call that are neither done nor in the hands of another process, one by one.
 
-        The fold's lock is held until the next one is asked for, and freed by the system if this process dies.
+        A fold whose files are missing or damaged is not done: its checkpoint has what they are made from. The fold's
+        lock is held until the next one is asked for, and freed by the system if this process dies.
         """
         found = True
         while found:
@@ -225,6 +232,14 @@ class Run:
                     if is_ours and not self.is_done(fold):
                         found = True
                         yield fold
+
+    def name_lost_files(self, fold):
+        """Print which files of a finished fold are missing or damaged, and are therefore made again."""
+        before = load_state(self.path)["folds"].get(str(fold), {}).get("files", {})
+        now = file_digests(self.paths, fold)
+        for name in [name for name in now if name in before and now[name] != before[name]]:
+            what = "is not as the training wrote it" if now[name] else "is missing"
+            print(f"fold {fold}: its {name} file {what}: made again")
 
     def record(self, fold, done=False, **scores):
         """Write a fold's progress to training_state.json and its history to results/.
@@ -237,6 +252,8 @@ class Run:
             writer = csv.DictWriter(file, newest["history"][0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(newest["history"])
+        if done:
+            entry["files"] = file_digests(self.paths, fold.number)
         with self.state() as state:
             state["folds"][str(fold.number)] = entry
             entries = [state["folds"].get(str(number), {"epoch": 0, "done": False}) for number in self.folds]
@@ -253,8 +270,9 @@ class Run:
             info["temperatures"] = {
                 fold: entry["temperature"] for fold, entry in folds.items() if "temperature" in entry
             }
-            info["source"] = data.info["source"]
-            utils.save_json(self.paths.results / "run.json", {**info, "settings": self.settings})
+            info["files"] = {fold: entry["files"] for fold, entry in folds.items() if "files" in entry}
+            info |= {"source": data.info["source"], "settings": self.settings}
+            utils.save_json(self.paths.results / "run.json", info)
 
 
 def remove_folds(paths, folds, settings):

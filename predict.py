@@ -22,10 +22,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports needs no traceback; see utils.run
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: see train.py
 
 import numpy as np
@@ -39,7 +42,7 @@ from reports import answers
 from reports.answers import Answer
 from utils import UserError
 
-WINDOWS_AT_ONCE = 8  # in one pass of the network; more are no faster and take more memory
+VALUES_AT_ONCE = 180_000  # features in one pass of the network: 8 windows; more are no faster and take more memory
 OUTPUTS = {"labels": ".txt", "plot": ".png", "explain": ".why.png"}  # flags that write a file for each recording
 MAX_NAME = 200  # bytes of a file name that is made from a recording's
 SUFFIXES = {  # of the recordings that are looked for in a folder; a file that is named may be called anything
@@ -161,7 +164,8 @@ def classify(blocks, models, window_seconds=None, hop_seconds=None, watch=None):
     audio = AudioSettings(**info["audio"])
     found = windows(blocks, *window_samples(audio, window_seconds, hop_seconds))
     edges, rows = [], []
-    while group := list(itertools.islice(found, WINDOWS_AT_ONCE)):
+    at_once = max(VALUES_AT_ONCE // (audio.n_mels * audio.n_frames), 1)
+    while group := list(itertools.islice(found, at_once)):
         features = np.stack([clip_features(samples, audio) for _, samples in group])  # (B, n_mels, n_frames)
         distributions = distributions_of(features, models)  # (B, classes)
         if not np.isfinite(distributions).all():

@@ -24,6 +24,9 @@ import time
 import typing
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports needs no traceback; see utils.run
+
 # Read when torch loads OpenMP. Its threads would otherwise spin while they wait, and two trainings side by side on the
 # same cores take 15 times as long as one rather than twice; alone this costs under 5 %.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -284,10 +287,24 @@ def resume(fold, settings):
         return
     model.check_state(f"{fold.folder} (--fresh starts again)", fold.newest["model"], fold.network.state_dict())
     fold.network.load_state_dict(fold.newest["model"])
-    fold.optimizer.load_state_dict(fold.newest["optimizer"])
+    load_optimizer(fold.optimizer, fold.newest["optimizer"], fold.folder)
     checkpoint.follow_up(fold.folder, fold.newest, fold.info)
     if fold.newest["epoch"] < settings["epochs"]:
         print(f"fold {fold.number}: resuming after epoch {fold.newest['epoch']} of {settings['epochs']}")
+
+
+def load_optimizer(optimizer, saved, where):
+    """Load AdamW's moments. UserError if they do not fit the weights: it would read memory that is not theirs."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    expected = [[("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())] for p in parameters]
+    try:
+        moments = [sorted((name, t.shape) for name, t in saved["state"][i].items()) for i in range(len(parameters))]
+        is_float = all(t.dtype == torch.float32 for each in saved["state"].values() for t in each.values())
+    except (AttributeError, KeyError, TypeError):
+        moments = is_float = None
+    if moments != expected or not is_float:
+        raise UserError(f"the optimizer's state in {where} does not fit the network: --fresh starts again")
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
 
 
 def train_fold(fold, settings, run, services):
@@ -400,7 +417,7 @@ def main():
         raise UserError(f"--folds {absent} have no clips in {paths.processed}; the folds present are {present}")
     settings = training_settings(args, data)
     if args.fresh:
-        start_again(paths, folds, settings)
+        start_again(paths, args.folds or range(10), settings)  # 10: the earlier run may have had more folds
     run = checkpoint.Run(paths, settings, folds)
     with events.Services(args.assets_dir, paths, data, run) as services:
         try:
@@ -430,6 +447,7 @@ def cross_validate(data, settings, run, device, services):
     features = place_features(data.features, device)  # (clips, n_mels, n_frames)
     for number in run.claim():
         fold = make_fold(number, data, features, settings, run, device)
+        run.name_lost_files(number)
         resume(fold, settings)
         services.start_fold(fold)
         train_fold(fold, settings, run, services)

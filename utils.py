@@ -19,6 +19,7 @@ import pickle
 import platform
 import re
 import shutil
+import signal
 import sys
 import typing
 from pathlib import Path
@@ -60,6 +61,8 @@ def run(main):
     # A log file or a pipe shows each line when it is written; a terminal without Unicode shows '?' for what it lacks.
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as set for the time of the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         check_config()
         main()
@@ -300,6 +303,11 @@ def process_count():
     """Return how many processes share this work: those of torchrun, or the tasks of a Slurm array; 1 by default."""
     texts = (os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_ARRAY_TASK_COUNT"))
     return max([1, *(int(text) for text in texts if re.fullmatch(r"[0-9]{1,6}", text))])
+
+
+def file_digest(path):
+    """Return a digest of a file's contents, or None if there is no such file."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() if path.is_file() else None
 
 
 def save_json(path, value):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import pickle
@@ -236,8 +237,10 @@ def test_files_with_other_names_are_left_alone(folder):
 
 # --- training_state.json -----------------------------------------------------------------------------------------
 
+FILES = dict.fromkeys(["predictions", "history", "model"], hashlib.blake2b(b"results", digest_size=8).hexdigest())
+DONE = {"epoch": 3, "best_epoch": 2, "done": True, "files": FILES}
 STATE = {
-    "folds": {"0": {"epoch": 3, "best_epoch": 2, "done": True, "test_accuracy": 0.5}},
+    "folds": {"0": DONE},
     "settings": SETTINGS,
     "run_id": "0123abcd",
 }
@@ -344,8 +347,9 @@ def test_run_takes_its_state_where_the_checkpoints_agree(paths, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_fold_without_its_model_file_is_not_done(paths):
-    model_path(paths.models, 0).unlink()
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_text("res")])
+def test_fold_whose_model_file_is_lost_is_not_done(harm, paths):
+    harm(model_path(paths.models, 0))
     assert done_folds(run_of(paths)) == []
 
 
@@ -358,7 +362,7 @@ def test_state_missing_run_id_comes_from_the_checkpoints(paths):
 
 def test_state_ahead_of_the_checkpoints_is_not_believed(paths):
     touch_results(paths, 1)
-    write_state(paths, state_with("folds", "1", value={"epoch": 3, "best_epoch": 3, "done": True}))
+    write_state(paths, state_with("folds", "1", value=DONE))
     assert done_folds(run_of(paths)) == [0]
 
 
@@ -393,7 +397,7 @@ def test_claim_gives_each_free_fold_to_one_process(paths):
     assert (next(our_folds), next(their_folds)) == (1, 2)
     touch_results(paths, 1, 2)
     with ours.state() as state:
-        state["folds"]["1"] = state["folds"]["2"] = {"epoch": 3, "best_epoch": 3, "done": True}
+        state["folds"]["1"] = state["folds"]["2"] = DONE
     assert list(our_folds) == list(their_folds) == []
 
 

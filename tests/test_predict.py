@@ -141,7 +141,7 @@ def test_output_is_the_softmax_of_what_testing_computes(temperature, assets, min
 
 @pytest.mark.parametrize(("seconds", "n_windows"), [(0.001, 1), (1, 1), (4, 1), (4.1, 1), (4.3, 2), (6, 2), (9.9, 4)])
 def test_long_recordings_are_the_mean_of_their_windows(seconds, n_windows, loaded, monkeypatch):
-    monkeypatch.setattr(predict, "WINDOWS_AT_ONCE", 3)
+    monkeypatch.setattr(predict, "VALUES_AT_ONCE", 3 * 128 * 173)
     samples = sound(seconds).astype(np.float32)
     starts = [min(2 * RATE * n, max(len(samples) - 4 * RATE, 0)) for n in range(n_windows)]
     expected = [predict.predict(*loaded, samples[start : start + 4 * RATE]) for start in starts]

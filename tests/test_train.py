@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,6 +298,14 @@ def test_a_stopped_run_says_how_to_resume(stop, scripts, data, tmp_path):
     assert checkpoint.load_newest(tmp_path / "checkpoints" / "fold_0")["epoch"] >= 2
 
 
+def test_ctrl_c_during_the_imports_is_silent(tmp_path):
+    with subprocess.Popen([sys.executable, REPOSITORY / "train.py"], stderr=subprocess.PIPE, text=True) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
+
+
 # --- Resuming ----------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +359,23 @@ def test_the_checkpoints_decide(harm, reference, assets, run_train):
     assert_same_files(assets, reference[0])
 
 
+@pytest.mark.parametrize("evidence", ["checkpoints", "nothing"])
+def test_lost_files_of_a_finished_run_are_made_again(evidence, reference, assets, run_train):
+    path = model.model_path(assets / "models", 0)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    checkpoint.result_path(assets / "results", "predictions", 1).unlink()
+    checkpoint.result_path(assets / "results", "history", 1).write_text("epoch\n")
+    if evidence == "nothing":
+        shutil.rmtree(assets / "checkpoints" / "fold_0")
+    done = run_train(assets)
+    assert done.returncode == 0, done.stderr
+    assert "fold 0: its model file is not as the training wrote it: made again" in done.stdout
+    assert "fold 1: its predictions file is missing: made again" in done.stdout
+    assert "fold 1: its history file is not as the training wrote it: made again" in done.stdout
+    assert epoch_lines(done.stdout) == ([(0, 1), (0, 2), (0, 3)] if evidence == "nothing" else [])
+    assert_same_files(assets, reference[0])
+
+
 def test_fold_after_fold_gives_what_all_at_once_gives(reference, run_train, tmp_path):
     for folds in ("1", "0,2"):
         done = run_train(tmp_path, "--folds", folds)
@@ -391,6 +417,24 @@ def test_checkpoint_of_another_network_is_refused(assets, reference, run_train):
     assert "logits.bias is float32 (7,), not float32 (2,)" in line
 
 
+def forge_shape(state):
+    state[0]["exp_avg"] = torch.zeros(1)
+
+
+def forge_type(state):
+    state[0]["exp_avg_sq"] = state[0]["exp_avg_sq"].to(torch.int8)
+
+
+@pytest.mark.parametrize("forge", [forge_shape, forge_type, dict.clear])
+def test_checkpoint_whose_optimizer_does_not_fit_is_refused(forge, assets, run_train):
+    undo_fold(assets, 0, 2)
+    path = assets / "checkpoints" / "fold_0" / "epoch_2.pt"
+    content = checkpoint.read_pt(path)
+    forge(content["optimizer"]["state"])
+    checkpoint.write_pt(path, content)
+    assert "fold_0 does not fit the network: --fresh starts again" in refusal(run_train(assets))
+
+
 def test_fresh_of_one_fold_keeps_the_others(assets, reference, run_train):
     checkpoints = {path: path.stat().st_mtime_ns for path in assets.glob("checkpoints/fold_*/epoch_3.pt")}
     done = run_train(assets, "--fresh", "--folds", 1)
@@ -399,6 +443,15 @@ def test_fresh_of_one_fold_keeps_the_others(assets, reference, run_train):
     again = {path.parent.name for path, written in checkpoints.items() if path.stat().st_mtime_ns != written}
     assert again == {"fold_1"}
     assert_same_files(assets, reference[0])
+
+
+def test_fresh_on_data_of_fewer_folds_removes_the_folds_that_are_gone(assets, scripts, random_data, tmp_path):
+    random_data(tmp_path / "data", n_folds=2)
+    done = scripts.run(
+        "train", *TRAIN, "--processed_dir", tmp_path / "data", "--assets_dir", assets, "--fresh", "--validation", "none"
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [name for name in files_of(assets) if "fold_2" in name and not name.endswith(".lock")]
 
 
 def test_fresh_with_other_settings_starts_again(assets, run_train):
