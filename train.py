@@ -378,7 +378,7 @@ def fit_temperature(logits, classes):
 def test_fold(fold, data, settings, run):
     """Test the fold once, with its chosen weights: write the model file and the predictions, and record the score.
 
-    Return whether it was the last fold of the run (see `checkpoint.Run.record`).
+    Return (scores, whether it was the last fold of the run: see `checkpoint.Run.record`).
     """
     fold.network.load_state_dict(checkpoint.best_weights(fold.newest))
     fitted = {}
@@ -398,7 +398,7 @@ def test_fold(fold, data, settings, run):
     is_last = run.record(fold, done=True, **scores, **fitted)
     epoch = scores["best_epoch"]
     print(f"fold {fold.number}: tested on {len(classes)} clips with epoch {epoch}: accuracy {accuracy:.4f}")
-    return is_last
+    return scores, is_last
 
 
 # --- The run -----------------------------------------------------------------------------------------------------
@@ -451,9 +451,9 @@ def cross_validate(data, settings, run, device, services):
         resume(fold, settings)
         services.start_fold(fold)
         train_fold(fold, settings, run, services)
-        is_last = test_fold(fold, data, settings, run)
+        scores, is_last = test_fold(fold, data, settings, run)
         run.write_info(data)
-        services.after_fold(fold)
+        services.after_fold(fold, scores)
     if not is_last:
         print("The other folds are in the hands of other processes; the last of them writes the report.")
         return

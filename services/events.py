@@ -29,9 +29,9 @@ class Services:
         self.tracker.log_epoch(row)
         self.publisher.add_epoch(fold.number, row["epoch"])
 
-    def after_fold(self, fold):
+    def after_fold(self, fold, scores):
         self.publisher.add_model(fold.number)
-        self.tracker.end_fold(fold, self.data, self.paths)
+        self.tracker.end_fold(fold, self.paths, scores)
 
     def at_end(self, results):
         self.tracker.log_summary(results, self.paths.results)

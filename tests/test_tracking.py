@@ -11,11 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 from conftest import REPOSITORY
 from run_files import assert_same_files
-
-import config
 
 RESULT_FILES = "checkpoints/|models/|results/"
 NO_SERVER = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
@@ -86,12 +83,8 @@ def plain(start, env, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tracked(start, env, tmp_path_factory):
-    """(folder, output) of the same run, tracked, with sound files of one fold's clips in 24 bit."""
+    """(folder, output) of the same run, tracked."""
     folder = tmp_path_factory.mktemp("tracked")
-    sounds = folder / config.DATASET_DIR / "audio" / "fold1"
-    sounds.mkdir(parents=True)
-    for index in range(8):
-        soundfile.write(sounds / f"{index}-{index % 2}-0-0.wav", np.zeros((4410, 2)), 44100, subtype="PCM_24")
     return folder, start(folder, env)()
 
 
@@ -135,17 +128,14 @@ def test_fold_run_has_scores_best_weights_and_mistakes(tracked, runs):
     with open(weights["local_path"], "rb") as copy:
         assert copy.read() == (tracked[0] / "models" / "model_fold_0_best.safetensors").read_bytes()
 
-    paths = {content["path"]: content["local_path"] for content in artifacts["run_table"]}
-    with open(paths["mistakes.table.json"]) as file:
+    (mistakes,) = artifacts["run_table"]
+    with open(mistakes["local_path"]) as file:
         table = json.load(file)
-    assert table["columns"] == ["name", "true", "predicted", "confidence", "spectrogram", "audio"]
+    assert table["columns"] == ["name", "true", "predicted", "confidence"]
     assert len(table["data"]) == round((1 - scores["test_accuracy"]) * scores["test_clips"]) > 0
-    for name, true, predicted, confidence, spectrogram, audio in table["data"]:
+    for name, true, predicted, confidence in table["data"]:
         assert true == ("dog_bark", "siren")[int(name.split("-")[1])] != predicted
         assert 0.5 <= confidence <= 1
-        assert (spectrogram["height"], spectrogram["width"]) == (128, 173)
-        samples, rate = soundfile.read(paths[audio["path"]])
-        assert (rate, len(samples)) == (22050, 2205)
 
 
 def test_summary_run_is_the_report_and_the_chosen_epochs(tracked, runs):
@@ -176,12 +166,11 @@ def wait_for(scripts, text):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_resumed_fold_logs_every_epoch_once(start, scripts, env, tmp_path, sent, status):
+def test_resumed_fold_logs_every_epoch_once(start, scripts, env, tmp_path):
     wait = start(tmp_path, env, epochs=4)
     wait_for(scripts, "epoch 2/4")
-    os.kill(scripts.child, sent)
-    assert wait().returncode == status
+    os.kill(scripts.child, signal.SIGINT)
+    assert wait().returncode == 130
     assert start(tmp_path, env, epochs=4)().returncode == 0
     files = read_runs(tmp_path)[f"{state_of(tmp_path)['run_id']}-fold-0"]
     assert [row["epoch"] for row in rows_of(files)] == [row["_step"] for row in rows_of(files)] == [1, 2, 3, 4]
