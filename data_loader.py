@@ -3,11 +3,9 @@
 preprocess_data.py writes the processed files and training reads them. Nothing here imports torch.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import os
 import re
 import warnings
 import zlib
@@ -40,8 +38,8 @@ def read_clip_table(path):
     try:
         options = {"keep_default_na": False, "index_col": False, "skip_blank_lines": False}  # so that lines count
         with warnings.catch_warnings(action="error"):  # of a first row with more columns than the header
-            clips = pd.read_csv(path, dtype=str, encoding="utf-8-sig", **options)
-    except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
+            clips = pd.read_csv(path, dtype=object, encoding="utf-8-sig", **options)
+    except (ValueError, pd.errors.ParserWarning) as error:
         reason = utils.one_line(error)
         raise UserError(f"{path} is not a table of comma-separated values in UTF-8 ({reason}): get it again") from error
     if missing := [column for column in CLIP_COLUMNS if column not in clips]:
@@ -49,7 +47,6 @@ def read_clip_table(path):
     clips = clips[(clips != "").any(axis=1)]  # without blank lines
     if clips.empty:
         raise UserError(f"{path} lists no clips: get it again")
-    clips = clips.astype(dict.fromkeys(CLIP_COLUMNS, object))
     for column in ("fold", "classID"):
         check_rows(path, clips[column], clips[column].str.fullmatch(r"\s*\d{1,9}\s*"), "is not a whole number")
         clips[column] = clips[column].astype(np.int64)
@@ -58,10 +55,9 @@ def read_clip_table(path):
     check_rows(path, names, names.map(is_file_name), "is not a plain file name")
     check_rows(path, names, ~names.duplicated(), "is listed already")
     check_rows(path, clips["class"], clips["class"].map(lambda name: bool(name) and name.isprintable()), "is no name")
-    first_name = clips.groupby("classID")["class"].transform("first")
-    check_rows(path, clips["class"], clips["class"] == first_name, "has a classID that has a different class above")
-    if clips.groupby("class")["classID"].nunique().max() > 1:
-        raise UserError(f"{path}: one class name has several classIDs: {class_mapping(clips)}")
+    for key, column in (("classID", "class"), ("class", "classID")):
+        first = clips.groupby(key)[column].transform("first")
+        check_rows(path, clips[column], clips[column] == first, f"has a {key} that has a different {column} above")
     return clips.reset_index(drop=True)
 
 
@@ -76,6 +72,11 @@ def check_rows(path, column, is_right, fault):
 def is_file_name(name):
     """Return whether a text is the plain name of a file, which can't leave its folder."""
     return name not in ("", ".", "..") and not re.search(r"[/\\\x00-\x1f]", name) and len(name.encode()) <= MAX_NAME
+
+
+def table_text(clips):
+    """Return the content of clips.csv."""
+    return clips[CLIP_COLUMNS].to_csv(index=False, lineterminator="\n")
 
 
 def class_mapping(clips):
@@ -93,7 +94,7 @@ def names_digest(clips, indices):
 # --- Processed files ---------------------------------------------------------------------------------------------
 
 PROCESSED_FILES = ["features.pkl", "labels.pkl", "folds.pkl", "class_mapping.pkl", "clips.csv", "features.json"]
-CHECKED_BYTES = 1 << 24  # of the features, checked by one thread at a time
+CHECKED_BYTES = 1 << 24  # of the features, in one part of their fingerprint
 
 
 @dataclasses.dataclass
@@ -135,13 +136,13 @@ def features_writer(folder, audio):
 def save_tables(folder, clips, audio, source, left_out):
     """Write the processed files beside a new features.pkl; the arguments are those of `save_processed`."""
     folder = Path(folder)
-    features = load_features(folder)
+    features = utils.load_pickle(folder / "features.pkl", memory_map=True)
     labels, folds = (clips[column].to_numpy(np.int64) for column in ("classID", "fold"))
     utils.save_pickle(folder / "labels.pkl", labels)
     utils.save_pickle(folder / "folds.pkl", folds)
     utils.save_pickle(folder / "class_mapping.pkl", class_mapping(clips))
     with utils.atomic_write(folder / "clips.csv", "w") as file:
-        clips[CLIP_COLUMNS].to_csv(file, index=False, lineterminator="\n")
+        file.write(table_text(clips))
     info = {
         "clips": len(clips),
         "shape": list(features.shape),
@@ -153,22 +154,16 @@ def save_tables(folder, clips, audio, source, left_out):
     utils.save_json(folder / "features.json", info)
 
 
-def load_features(folder):
-    """Return the features in a folder, mapped: read as they are used, and once for all processes of a machine."""
-    return utils.load_pickle(Path(folder) / "features.pkl", memory_map=True)
-
-
 def fingerprint(features, labels, folds):
     """Return a short hash of the data, so that a resumed training notices different data under the same path.
 
-    A hash of the CRC-32 of its parts: it finds damage and different data, not forgery. Threads share the parts.
+    A hash of the CRC-32 of its parts: it finds damage and different data, not forgery.
     """
-    parts = []
-    for array in (features, np.asarray(labels, np.int64), np.asarray(folds, np.int64)):
+    checksums = []
+    for array in (features, labels, folds):
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        parts += [content[start : start + CHECKED_BYTES] for start in range(0, content.size, CHECKED_BYTES)]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        checksums = list(pool.map(zlib.crc32, parts))  # lets other threads run meanwhile
+        for start in range(0, content.size, CHECKED_BYTES):
+            checksums.append(zlib.crc32(content[start : start + CHECKED_BYTES]))
     return hashlib.blake2b(repr(checksums).encode(), digest_size=8).hexdigest()
 
 
@@ -180,26 +175,21 @@ def load_processed(folder):
     info = read_info(folder)
     check_audio_settings(info["audio"])
     audio = AudioSettings()
-    features = load_features(folder)
-    labels, folds, names = (utils.load_pickle(folder / name) for name in PROCESSED_FILES[1:4])
+    # Mapped: read as they are used, and once for all processes of a machine.
+    features = utils.load_pickle(folder / "features.pkl", memory_map=True)
     clips = read_clip_table(folder / "clips.csv")
-    remedy = f"{folder} is not one complete set: run python preprocess_data.py --overwrite"
-    for name, array, dtype in (
-        ("features.pkl", features, audio.feature_dtype),
-        ("labels.pkl", labels, "int64"),
-        ("folds.pkl", folds, "int64"),
-    ):
-        if not isinstance(array, np.ndarray) or array.dtype != dtype:
-            raise UserError(f"{folder / name} does not hold an array of {dtype}. {remedy}")
+    labels, folds = (clips[column].to_numpy(np.int64) for column in ("classID", "fold"))
+    tables = {"labels.pkl": labels, "folds.pkl": folds, "class_mapping.pkl": class_mapping(clips)}
     if (
-        features.shape != (len(clips), *audio.shape)
-        or clips["classID"].tolist() != labels.tolist()
-        or clips["fold"].tolist() != folds.tolist()
-        or class_mapping(clips) != names
+        getattr(features, "dtype", None) != audio.feature_dtype
+        or features.shape != (len(clips), *audio.shape)
+        or not all(np.array_equal(utils.load_pickle(folder / name), table) for name, table in tables.items())
+        or fingerprint(features, labels, folds) != info.get("fingerprint")
     ):
-        raise UserError(f"{remedy} (features, labels, folds, class_mapping and clips.csv differ)")
-    if fingerprint(features, labels, folds) != info.get("fingerprint"):
-        raise UserError(f"{remedy} (features.pkl has different values than features.json says)")
+        raise UserError(
+            f"{folder} is not one complete set: run python preprocess_data.py --overwrite (the files differ in their "
+            "clips, or features.pkl has different values than features.json says)"
+        )
     return Processed(features, labels, folds, class_mapping(clips), clips, audio, info)
 
 
@@ -218,10 +208,7 @@ def read_info(folder):
 def check_audio_settings(audio):
     """Raise a UserError that names each setting in which `audio`, a dict of features.json, is not config.py's."""
     if "fine_frames" in audio:
-        raise UserError(
-            "the processed files are of an earlier version, with two spectrograms a clip: "
-            "run python preprocess_data.py --overwrite"
-        )
+        raise UserError("the processed files are of an earlier version: run python preprocess_data.py --overwrite")
     expected = dataclasses.asdict(AudioSettings())
     differences = [
         f"{name} is {utils.one_line(audio.get(name))} there and {expected.get(name)!r} in config.py"

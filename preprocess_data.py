@@ -33,7 +33,6 @@ if __name__ != "__mp_main__":  # the worker processes import this file too, and 
 CLIPS_PER_TASK = 8  # clips a worker takes at a time: enough to make messages cheap, few enough to stop quickly
 TASKS_AHEAD = 4  # per worker, of the result that is next: few enough that memory does not grow with the data
 SPARE_DISK = 100e6  # bytes left free beside the processed files
-CLIP_KEY = ["slice_file_name", "fold", "classID"]  # columns that say whether a stored clip is the listed one
 
 
 def parse_args():
@@ -56,10 +55,11 @@ def process_clips(paths, audio, workers):
     The same bits for any number of `workers`. UserError if one of them is killed.
     """
     groups = [paths[start : start + CLIPS_PER_TASK] for start in range(0, len(paths), CLIPS_PER_TASK)]
-    if len(groups) == 1:  # done before a worker has started
+    if len(groups) <= 1:  # done before a worker has started
         yield from process_group(paths, audio)
         return
-    pool, tasks = start_pool(min(workers, len(groups))), collections.deque()
+    pool = start_pool(min(workers, len(groups)))
+    tasks = collections.deque()
     try:
         for group in groups:
             tasks.append(pool.submit(process_group, group, audio))
@@ -139,14 +139,11 @@ def clips_stored(output_dir, clips, allow_missing):
     info = data_loader.read_info(output_dir)
     data_loader.check_audio_settings(info["audio"])
     left_out = info["left_out"] if allow_missing else []
-    listed = clips.loc[~clips["slice_file_name"].isin(left_out), CLIP_KEY].values.tolist()
-    try:
-        stored = data_loader.read_clip_table(output_dir / "clips.csv")[CLIP_KEY].values.tolist()
-    except UserError as error:
-        raise UserError(f"{error}; --overwrite makes the files again") from error
+    _, *listed = data_loader.table_text(clips[~clips["slice_file_name"].isin(left_out)]).splitlines()
+    stored = (output_dir / "clips.csv").read_text(encoding="utf-8", errors="replace").splitlines()[1:]
     if stored == listed:
         return len(stored)
-    new = len(set(map(tuple, listed)) - set(map(tuple, stored)))
+    new = len(set(listed) - set(stored))
     raise UserError(
         f"{output_dir} holds {len(stored)} clips and the data set lists {len(listed)}, {new} of them new or changed: "
         "run with --overwrite to make the files again, or with a different --output_dir"
@@ -158,23 +155,29 @@ def preprocess(clips, data_dir, output_dir, args):
     audio = AudioSettings()
     clip_bytes = math.prod(audio.shape) * np.dtype(audio.feature_dtype).itemsize
     check_disk_space(output_dir, len(clips) * clip_bytes)
-    report_oddities(data_dir, clips)
-    folds, names = clips["fold"], clips["slice_file_name"]
-    paths = [data_dir / "audio" / f"fold{fold}" / name for fold, name in zip(folds, names, strict=True)]
+    places = "fold" + clips["fold"].astype(str) + "/" + clips["slice_file_name"]
+    paths = [data_dir / "audio" / place for place in places]
+    report_oddities(data_dir, clips, paths)
+    start = time.perf_counter()
     left_out = {path.name: "no such file" for path in paths if not path.is_file()}
     report_left_out(left_out, args.allow_missing)
-    start = time.perf_counter()
+    paths = [path for path in paths if path.name not in left_out]
+    unreadable = {}
     try:
         with data_loader.features_writer(output_dir, audio) as append:
-            paths = [path for path in paths if path.name not in left_out]
-            unreadable = extract_features(paths, audio, args.workers, append)
+            results = tqdm(process_clips(paths, audio, args.workers), "log-mel", len(paths), unit="clip", disable=None)
+            for path, (features, reason) in zip(paths, results, strict=True):
+                if reason:
+                    unreadable[path.name] = reason
+                else:
+                    append(features[None])  # (1, n_mels, n_frames)
             report_left_out(unreadable, args.allow_missing)
             left_out |= unreadable
             if len(left_out) == len(clips):
                 raise UserError(f"no clip of {data_dir} could be read: run python download_data.py --force")
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Stopped. Nothing was changed; the same command starts again.") from None
-    clips = clips[~names.isin(left_out)].reset_index(drop=True)
+    clips = clips[~clips["slice_file_name"].isin(left_out)].reset_index(drop=True)
     data_loader.save_tables(output_dir, clips, audio, data_dir.resolve().name, sorted(left_out))
     seconds = time.perf_counter() - start
     print_counts(clips)
@@ -186,21 +189,8 @@ def preprocess(clips, data_dir, output_dir, args):
     )
 
 
-def extract_features(paths, audio, workers, append):
-    """Append the features of the readable clips, in order. Return {name: reason} of the others."""
-    unreadable = {}
-    results = tqdm(process_clips(paths, audio, workers), "log-mel", len(paths), unit="clip", disable=None)
-    for path, (features, reason) in zip(paths, results, strict=True):
-        if reason:
-            unreadable[path.name] = reason
-        else:
-            append(features[None])  # (1, n_mels, n_frames)
-    return unreadable
-
-
 def check_disk_space(output_dir, n_bytes):
     """Raise a UserError if a folder's disk has no room for features of so many bytes."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     utils.temporary_path(output_dir / "features.pkl")  # which removes what a killed run left
     needed = n_bytes + SPARE_DISK
     remedy = "make room, or name a different --output_dir"
@@ -218,11 +208,9 @@ def report_left_out(left_out, allow_missing):
         )
 
 
-def report_oddities(data_dir, clips):
-    """Print what is worth knowing about a data set and is left as it is."""
-    listed = {(f"fold{fold}", name) for fold, name in zip(clips["fold"], clips["slice_file_name"], strict=True)}
-    there = {(path.parent.name, path.name) for path in data_dir.glob("audio/fold*/*.wav")}
-    if extra := len(there - listed):
+def report_oddities(data_dir, clips, paths):
+    """Print what is worth knowing about a data set, the table and paths of its clips, and is left as it is."""
+    if extra := len(set(data_dir.glob("audio/fold*/*.wav")).difference(paths)):
         print(f"{extra} WAV files that the metadata does not list are ignored")
     folds_of = clips.groupby("fsID")["fold"].nunique()
     if len(straddling := sorted(folds_of.index[folds_of > 1])):

@@ -6,14 +6,10 @@ import io
 import json
 import pickle
 import random
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REPOSITORY
 
 import data_loader
 import utils
@@ -38,7 +34,7 @@ def table(rows=ROWS, header=data_loader.CLIP_COLUMNS, line_end="\n"):
 
 
 def changed(line, column, value):
-    """The table with a different value in one line."""
+    """Return the table with a different value in one line."""
     rows = [list(row) for row in ROWS]
     rows[line - 2][data_loader.CLIP_COLUMNS.index(column)] = value
     return table(rows)
@@ -77,7 +73,7 @@ def test_table_is_read_as_it_stands(tmp_path, content):
         (changed(5, "classID", "9" * 30), "line 5: classID '9+' is not a whole number"),
         (table().replace(b"200-3", b"\n\n200-3").replace(b",10,3", b",12,3"), "line 6: fold '12'"),
         (changed(3, "class", "siren"), "line 3: class 'siren' has a classID that has a different class above"),
-        (changed(5, "class", "dog_bark"), r"one class name has several classIDs: .*8: 'dog_bark'"),
+        (changed(5, "class", "dog_bark"), "line 5: classID '8' has a class that has a different classID above"),
         (changed(5, "class", "\x1b[2J"), r"line 5: class '\?\[2J' is no name"),
         (changed(4, "slice_file_name", ROWS[0][0]), "line 4: slice_file_name '100-0-0-0.wav' is listed already"),
         (changed(2, "slice_file_name", "../../etc/passwd"), "'../../etc/passwd' is not a plain file name"),
@@ -98,32 +94,27 @@ def test_table_with_a_fault_is_refused_with_line_and_reason(tmp_path, content, r
 AUDIO = AudioSettings()
 
 
+FEATURES = np.random.default_rng(0).normal(-40, 20, (len(CLIPS), *AUDIO.shape)).astype(np.float16)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder with processed files of four clips."""
-    data_loader.save_processed(tmp_path, random_features(), CLIPS, AUDIO, "UrbanSound8K", ["400-1-0-0.wav"])
+    data_loader.save_processed(tmp_path, FEATURES, CLIPS, AUDIO, "UrbanSound8K", ["400-1-0-0.wav"])
     return tmp_path
-
-
-def random_features():
-    return np.random.default_rng(0).normal(-40, 20, (len(CLIPS), *AUDIO.shape)).astype(np.float16)
-
-
-def contents(data):
-    return data.features.tobytes(), data.labels.tolist(), data.folds.tolist(), data.class_names, data.clips.to_csv()
 
 
 def test_processed_files_come_back_as_saved(folder):
     assert sorted(path.name for path in folder.iterdir()) == sorted(data_loader.PROCESSED_FILES)
     data = data_loader.load_processed(folder)
-    assert np.array_equal(data.features, random_features()) and data.features.dtype == np.float16
+    assert np.array_equal(data.features, FEATURES) and data.features.dtype == np.float16
     assert (data.labels.tolist(), data.labels.dtype) == ([0, 0, 3, 8], np.int64)
     assert (data.folds.tolist(), data.folds.dtype) == ([1, 1, 10, 2], np.int64)
     assert data.class_names == {0: "air_conditioner", 3: "dog_bark", 8: "siren"}
     assert data.clips.values.tolist() == CLIPS.values.tolist()
     assert data.audio == AUDIO
     assert (data.info["clips"], data.info["source"], data.info["left_out"]) == (4, "UrbanSound8K", ["400-1-0-0.wav"])
-    assert np.array_equal(pickle.loads((folder / "features.pkl").read_bytes()), random_features())  # with any pickle
+    assert np.array_equal(pickle.loads((folder / "features.pkl").read_bytes()), FEATURES)  # with any pickle
 
 
 @pytest.mark.parametrize("name", data_loader.PROCESSED_FILES)
@@ -141,9 +132,7 @@ def test_missing_or_damaged_file_is_named(folder, name):
 
 @pytest.mark.parametrize("name", data_loader.PROCESSED_FILES[:5])
 def test_flipped_bit_is_noticed_or_means_nothing(folder, name):
-    whole, expected = (folder / name).read_bytes(), contents(data_loader.load_processed(folder))
-    rng = random.Random(0)
-    refused = 0
+    whole, rng, refused = (folder / name).read_bytes(), random.Random(0), 0
     for _ in range(40):
         content = bytearray(whole)
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -154,7 +143,8 @@ def test_flipped_bit_is_noticed_or_means_nothing(folder, name):
             assert str(folder) in str(error)
             refused += 1
         else:
-            assert contents(data)[:4] == expected[:4]
+            assert np.array_equal(data.features, FEATURES)
+            assert (data.labels.tolist(), data.folds.tolist()) == ([0, 0, 3, 8], [1, 1, 10, 2])
     assert refused > 10
 
 
@@ -165,9 +155,10 @@ def test_flipped_bit_is_noticed_or_means_nothing(folder, name):
         ("features.pkl", lambda features: features.astype(np.float64)),
         ("features.pkl", lambda features: features[0, 0].tolist()),
         ("labels.pkl", lambda labels: labels[::-1].copy()),
-        ("labels.pkl", lambda labels: labels.astype(float)),
+        ("labels.pkl", lambda labels: "labels"),
         ("folds.pkl", lambda folds: np.sort(folds)),
-        ("class_mapping.pkl", lambda names: list(names.values())),
+        ("class_mapping.pkl", lambda names: {**names, 3: "siren"}),
+        ("class_mapping.pkl", lambda names: np.array(list(names))),
     ],
 )
 def test_files_of_different_sets_are_refused(folder, name, change):
@@ -183,7 +174,7 @@ def test_files_of_different_sets_are_refused(folder, name, change):
         ({"fingerprint": "0123456789abcdef"}, "different values than features.json says"),
         ({"audio": {**dataclasses.asdict(AUDIO), "n_mels": 32}}, r"n_mels is 32 there and 128 in config\.py"),
         ({"audio": {**dataclasses.asdict(AUDIO), "colour": "red"}}, "colour is red there and None in config"),
-        ({"audio": {**dataclasses.asdict(AUDIO), "fine_frames": 2}}, "of an earlier version, with two spectrograms"),
+        ({"audio": {**dataclasses.asdict(AUDIO), "fine_frames": 2}}, "of an earlier version: r"),
     ],
 )
 def test_features_json_that_does_not_fit_says_what_to_run(folder, change, named):
@@ -192,26 +183,6 @@ def test_features_json_that_does_not_fit_says_what_to_run(folder, change, named)
     with pytest.raises(UserError, match=named) as caught:
         data_loader.load_processed(folder)
     assert "un python preprocess_data.py --overwrite" in str(caught.value)
-
-
-def test_saving_again_never_mixes_two_sets(folder):
-    before = contents(data_loader.load_processed(folder))
-    (folder / "folds.pkl").unlink()
-    (folder / "folds.pkl" / "in the way").mkdir(parents=True)
-    with pytest.raises(OSError):  # half of the new set is written
-        data_loader.save_processed(folder, np.zeros((4, *AUDIO.shape)), CLIPS, AUDIO, "x")
-    shutil.rmtree(folder / "folds.pkl")
-    with pytest.raises(UserError, match=r"lacks folds\.pkl, .*features\.json: run"):
-        data_loader.load_processed(folder)
-    data_loader.save_processed(folder, random_features(), CLIPS, AUDIO, "UrbanSound8K")
-    assert contents(data_loader.load_processed(folder)) == before
-
-
-def test_torch_is_not_imported():
-    """The preprocessing workers import this file and do not wait for what they do not use."""
-    code = "import sys, data_loader; print(*({'torch', 'librosa', 'matplotlib'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-    assert (done.stdout, done.stderr) == ("\n", "")
 
 
 # --- Folds -------------------------------------------------------------------------------------------------------
