@@ -53,19 +53,27 @@ def write(path, samples, rate=RATE, **options):
     return path
 
 
+@pytest.fixture(autouse=True)
+def programs(tmp_path, monkeypatch):
+    """The only folder of programs, empty at first: what ffmpeg may be installed here changes no result."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path / "bin"
+
+
 # --- Settings ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "name, values",
+    ("name", "values"),
     {
         "sample_rate": (0, -1, 22_050.5, "22050", None, float("nan"), 10**9),
-        "clip_seconds": (0, -4.0, float("inf"), float("nan"), "4", 1e9),
-        "n_fft": (0, 1, 2047, 2048.0, 2**31),
+        "clip_seconds": (0, float("inf"), float("nan"), "4"),
+        "n_fft": (0, 2047, 2048.0, 2**31),
         "hop_length": (0, -512, 2**31),
         "n_mels": (0, 2**31, [128]),
         "top_db": (-1, float("nan"), None),
-        "short_clips": ("silent", "", None, 1),
+        "short_clips": ("silent", None),
         "feature_dtype": ("float8", "object", None),
         "f_min": (-1, 11_025.0, float("nan")),
         "f_max": (0, 1e9),
@@ -75,10 +83,7 @@ def test_setting_that_can_not_be_is_named(name, values):
     for value in values:
         with pytest.raises(UserError, match=rf"audio setting {name} is"):
             dataclasses.replace(AUDIO, **{name: value})
-
-
-def test_settings_that_take_too_much_memory_together_are_refused():
-    with pytest.raises(UserError, match="frames of 32768 samples"):
+    with pytest.raises(UserError, match="frames of 32768 samples: raise hop_length"):  # each may be, not all together
         AudioSettings(sample_rate=768_000, clip_seconds=600, n_fft=32_768, hop_length=2)
 
 
@@ -110,12 +115,6 @@ def test_log_mel_equals_librosas_and_torchaudios(audio):
             expected = librosa.power_to_db(power, top_db=audio.top_db)
             assert np.abs(decibels - expected).max() < 0.01, f"{name}, {n} samples"
             assert np.abs(decibels - by_torchaudio(torch.from_numpy(samples)).numpy()).max() < 0.05, name
-
-
-def test_shapes_of_the_defaults():
-    assert (AUDIO.clip_samples, AUDIO.n_frames, AUDIO.shape) == (88_200, 173, (128, 173))
-    features = clip_features(sounds(20_000, RATE)["noise"], AUDIO)
-    assert (features.shape, features.dtype) == ((128, 173), np.float16)
 
 
 def test_short_clips_are_repeated_or_padded():
@@ -171,7 +170,7 @@ def test_every_rate(tmp_path, file_rate):
         assert np.abs(samples - expected)[middle].max() < 1e-3
 
 
-@pytest.mark.parametrize("channels", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 2, 8])
 def test_channels_are_averaged(tmp_path, channels):
     levels = np.arange(1, channels + 1) / 16
     for subtype in ("FLOAT", "PCM_16"):
@@ -197,8 +196,8 @@ def test_very_short_recordings(tmp_path, file_rate):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("level", [float("nan"), float("inf"), 1e13, -3e38, 1e300])
 def test_samples_that_are_no_sound_are_refused(tmp_path, level):
-    samples = np.zeros((5000, 2))
-    samples[77] = level
+    samples = np.zeros((2 * audio_module.BLOCK_SAMPLES, 2))
+    samples[-10] = level  # not in the first block
     path = write(tmp_path / "a.wav", samples, 44_100, subtype="DOUBLE")
     with pytest.raises(UserError, match=r"a\.wav has samples that are no sound \(NaN, infinity or beyond 1e\+12\)"):
         read_audio(path, RATE)
@@ -219,7 +218,7 @@ def test_flac_whose_header_lies_is_read_to_its_end_or_refused_as_too_long(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "name, content",
+    ("name", "content"),
     [
         ("page.wav", b"<!DOCTYPE html><html><body>404</body></html>" * 50),
         ("zeros.wav", bytes(5000)),
@@ -231,7 +230,7 @@ def test_flac_whose_header_lies_is_read_to_its_end_or_refused_as_too_long(tmp_pa
 )
 def test_what_is_no_audio_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match="can't be decoded as audio") as caught:
+    with pytest.raises(UserError, match=r"can't be decoded as audio .*install ffmpeg for more formats") as caught:
         read_audio(tmp_path / name, RATE)
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -252,7 +251,7 @@ def test_folder_no_file_no_samples_and_too_many_are_named(tmp_path):
 def test_cut_off_file_gives_what_is_there_or_is_named(tmp_path):
     whole = write(tmp_path / "a.wav", sounds(2000, 8000)["noise"], 8000, subtype="PCM_16").read_bytes()
     opened = 0
-    for end in [*range(0, 60), *range(60, len(whole), 400)]:
+    for end in [0, 11, 43, *range(44, len(whole), 333)]:
         (tmp_path / "b.wav").write_bytes(whole[:end])
         try:
             samples = read_audio(tmp_path / "b.wav", 8000)
@@ -291,7 +290,7 @@ def test_any_samples_give_finite_features_or_a_fault(tmp_path, form, rate, chann
 
 
 @pytest.mark.parametrize(
-    "file_format, subtype", [("WAV", "PCM_16"), ("WAV", "MS_ADPCM"), ("WAVEX", "PCM_24"), ("FLAC", "PCM_16")]
+    ("file_format", "subtype"), [("WAV", "PCM_16"), ("WAV", "MS_ADPCM"), ("WAVEX", "PCM_24"), ("FLAC", "PCM_16")]
 )
 def test_damaged_files_give_finite_features_or_a_fault(tmp_path, file_format, subtype):
     path = write(tmp_path / "a", sounds(3000, 8000)["tone"], 8000, format=file_format, subtype=subtype)
@@ -321,7 +320,7 @@ def test_stream_of_many_blocks_equals_one_of_one_block(tmp_path, monkeypatch, fi
 
 
 def test_long_recording_is_streamed_in_bounded_memory(tmp_path):
-    rate, minutes = 48_000, 5
+    rate, minutes = 48_000, 3
     path = tmp_path / "long.wav"
     second = (0.1 * sounds(rate, rate)["noise"]).repeat(2).reshape(-1, 2)
     with soundfile.SoundFile(path, "w", rate, 2) as file:
@@ -332,15 +331,7 @@ def test_long_recording_is_streamed_in_bounded_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n == 60 * minutes * RATE
-    assert peak < 60e6 < 8 * 60 * minutes * rate
-
-
-def test_fault_after_the_first_block_is_named(tmp_path):
-    samples = np.zeros(2 * audio_module.BLOCK_SAMPLES)
-    samples[-10] = np.nan
-    blocks = stream_audio(write(tmp_path / "nan.wav", samples, subtype="FLOAT"), RATE)
-    with pytest.raises(UserError, match=r"nan\.wav has samples that are no sound"):
-        list(blocks)
+    assert peak < 60e6 < 8 * 60 * minutes * rate  # the bytes of the whole, as float32
 
 
 @pytest.mark.parametrize("n", [1, 99, 100, 101, 104, 106, 149, 150, 151, 200, 1000, 1033])
@@ -373,15 +364,12 @@ VIDEO = b"VIDEO" + struct.pack(">4s5I", b".snd", 32, 0xFFFFFFFF, 3, 44_100, 2) +
 
 
 @pytest.fixture
-def ffmpeg(tmp_path, monkeypatch):
-    """A stand-in for ffmpeg in the PATH, which knows one format: b"VIDEO" and 16-bit stereo samples at 44.1 kHz."""
+def ffmpeg(programs):
+    """A stand-in for ffmpeg, which knows one format: b"VIDEO" and 16-bit stereo samples at 44.1 kHz."""
     if os.name != "posix":
         pytest.skip("the stand-in is a script for POSIX systems")
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "ffmpeg").write_text(FFMPEG.format(python=sys.executable))
-    (folder / "ffmpeg").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    (programs / "ffmpeg").write_text(FFMPEG.format(python=sys.executable))
+    (programs / "ffmpeg").chmod(0o755)
 
 
 def test_sound_of_a_video_is_decoded_by_ffmpeg(ffmpeg, tmp_path, monkeypatch):
@@ -400,12 +388,6 @@ def test_file_that_ffmpeg_can_not_decode_is_named(ffmpeg, tmp_path):
     (tmp_path / "a.mp4").write_bytes(VIDEO + bytes(10**6) + b"BROKEN!!")
     with pytest.raises(UserError, match=r"a\.mp4 can't be decoded as audio to its end \(ffmpeg ended with status 1"):
         read_audio(tmp_path / "a.mp4", RATE)
-
-
-def test_ffmpeg_ends_when_its_reader_stops(ffmpeg, tmp_path, monkeypatch):
-    monkeypatch.setattr(audio_module, "BLOCK_SAMPLES", 1000)
-    (tmp_path / "a.mp4").write_bytes(VIDEO + bytes(4 * 10**6))
-    assert len(next(stream_audio(tmp_path / "a.mp4", 44_100))) == 1000
 
 
 # --- Sound that the header does not promise, and files that name others -------------------------------------------
