@@ -187,8 +187,8 @@ def load_processed(folder):
         or fingerprint(features, labels, folds) != info.get("fingerprint")
     ):
         raise UserError(
-            f"{folder} is not one complete set: run python preprocess_data.py --overwrite (the files differ in their "
-            "clips, or features.pkl has different values than features.json says)"
+            f"{folder} is not one complete set: run python preprocess_data.py --overwrite (features, labels, "
+            "folds, class_mapping, clips.csv and the fingerprint in features.json do not fit together)"
         )
     return Processed(features, labels, folds, class_mapping(clips), clips, audio, info)
 

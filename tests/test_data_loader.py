@@ -171,7 +171,7 @@ def test_files_of_different_sets_are_refused(folder, name, change):
     ("change", "named"),
     [
         ({"audio": None}, r"features\.json is damaged: it must have audio, left_out, source"),
-        ({"fingerprint": "0123456789abcdef"}, "different values than features.json says"),
+        ({"fingerprint": "0123456789abcdef"}, r"the fingerprint in features\.json do not fit"),
         ({"audio": {**dataclasses.asdict(AUDIO), "n_mels": 32}}, r"n_mels is 32 there and 128 in config\.py"),
         ({"audio": {**dataclasses.asdict(AUDIO), "colour": "red"}}, "colour is red there and None in config"),
         ({"audio": {**dataclasses.asdict(AUDIO), "fine_frames": 2}}, "of an earlier version: r"),
