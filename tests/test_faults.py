@@ -3,19 +3,16 @@
 import contextlib
 import os
 import re
-import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
 import utils
 from checkpoint import checkpoint_epochs
 
-TRAIN = ("train.py", "--folds", "0", "--epochs", "4", "--batch_size", "8", "--validation", "none")
+TRAIN = ("train", "--folds", "0", "--epochs", "4", "--batch_size", "8", "--validation", "none")
 
 
 @pytest.fixture
@@ -50,24 +47,23 @@ def fill_to(folder, free):
         file.write(bytes(max(space.f_bavail * space.f_frsize - free, 0)))
 
 
-def test_disk_that_fills_during_training_costs_one_epoch(small_disk, data, run_script, tmp_path):
+def test_disk_that_fills_during_training_costs_one_epoch(small_disk, data, scripts):
     folder = small_disk(100)
-    command = [sys.executable, REPOSITORY / TRAIN[0], *TRAIN[1:], "--processed_dir", data, "--assets_dir", folder]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for text in process.stdout:
-            if "epoch 1/4" in text:
-                fill_to(folder, 1_500_000)
-        errors = process.stderr.read()
-    assert process.returncode == 2, errors
-    assert errors.count("\n") == 1
-    assert "No space left on device" in errors
+    command = (*TRAIN, "--processed_dir", data, "--assets_dir", folder)
+    scripts.start(*command)
+    while "epoch 1/4" not in scripts.printed() and not scripts.ended():
+        time.sleep(0.02)
+    fill_to(folder, 1_500_000)
+    stopped = scripts.wait()
+    assert stopped.returncode == 2 and stopped.stderr.count("\n") == 1, stopped.stderr
+    assert "No space left on device" in stopped.stderr
     fold = folder / "checkpoints" / "fold_0"
     newest = checkpoint_epochs(fold)[0]
     assert torch.load(fold / f"epoch_{newest}.pt", weights_only=True)["epoch"] == newest
     assert not list(folder.rglob("*.tmp"))
 
     (folder / "filler").unlink()
-    done = run_script(*TRAIN, "--processed_dir", data, "--assets_dir", folder)
+    done = scripts.run(*command)
     assert done.returncode == 0, done.stderr
     assert f"resuming after epoch {newest} of 4" in done.stdout
 
@@ -88,29 +84,12 @@ def test_a_full_disk_leaves_the_old_file(small_disk):
     assert [path.name for path in folder.iterdir()] == ["state.json"]
 
 
-def test_read_only_disk(small_disk, data, run_script):
+def test_read_only_disk(small_disk, data, scripts):
     folder = small_disk(60)
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
-    line = one_line(run_script(*TRAIN, "--processed_dir", data, "--assets_dir", folder))
+    line = one_line(scripts.run(*TRAIN, "--processed_dir", data, "--assets_dir", folder))
     assert "Read-only file system" in line
     assert str(folder) in line
-
-
-def test_lock_of_a_killed_process_is_no_obstacle(tmp_path):
-    hold = (
-        f"import pathlib, time, utils\nwith utils.only_one(pathlib.Path({str(tmp_path)!r}), 'x.py'):\n  time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", hold], cwd=REPOSITORY) as holder:
-        while not (tmp_path / ".lock").exists() or not (tmp_path / ".lock").read_text():
-            time.sleep(0.05)
-        with (
-            pytest.raises(utils.UserError, match=rf"x.py \(process {holder.pid}\) is at work"),
-            utils.only_one(tmp_path, "y.py"),
-        ):
-            pass
-        holder.send_signal(signal.SIGKILL)
-    with utils.only_one(tmp_path, "y.py"):
-        assert (tmp_path / ".lock").read_text() == f"y.py (process {os.getpid()})\n"
 
 
 def test_second_preprocessing_in_the_same_folder_is_refused(tmp_path, miniature, run_script):
