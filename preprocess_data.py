@@ -139,7 +139,8 @@ def clips_stored(output_dir, clips, allow_missing):
     info = data_loader.read_info(output_dir)
     data_loader.check_audio_settings(info["audio"])
     left_out = info["left_out"] if allow_missing else []
-    _, *listed = data_loader.table_text(clips[~clips["slice_file_name"].isin(left_out)]).splitlines()
+    # The lines of both tables, as clips.csv has them, below the header.
+    listed = data_loader.table_text(clips[~clips["slice_file_name"].isin(left_out)]).splitlines()[1:]
     stored = (output_dir / "clips.csv").read_text(encoding="utf-8", errors="replace").splitlines()[1:]
     if stored == listed:
         return len(stored)
