@@ -392,7 +392,8 @@ def test_file_that_ffmpeg_can_not_decode_is_named(ffmpeg, tmp_path):
 
 # --- Sound that the header does not promise, and files that name others -------------------------------------------
 
-needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs ffmpeg")
+FFMPEG_FOLDER = os.path.dirname(shutil.which("ffmpeg") or "")
+needs_ffmpeg = pytest.mark.skipif(not FFMPEG_FOLDER, reason="needs ffmpeg")
 
 
 def write_mp3_without_table(path):
@@ -425,9 +426,9 @@ def cut_header_of_wav(path, subtype, channels, length):
 def test_sound_behind_what_libsndfile_reads_is_read_or_refused(name, make, seconds, with_ffmpeg, tmp_path, monkeypatch):
     make(tmp_path / name)
     if with_ffmpeg:
+        monkeypatch.setenv("PATH", FFMPEG_FOLDER)
         assert len(read_audio(tmp_path / name, RATE)) / RATE == pytest.approx(seconds, abs=0.2)
         return
-    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"it goes on after the \d\.\d s that can be read\): convert it .* ffmpeg"):
         read_audio(tmp_path / name, RATE)
 
@@ -462,7 +463,8 @@ def test_rate_or_channels_beyond_reason_are_refused(rate, channels, tmp_path):
 
 
 @needs_ffmpeg
-def test_playlist_that_names_a_file_is_refused(tmp_path):
+def test_playlist_that_names_a_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", FFMPEG_FOLDER)
     write(tmp_path / "secret.wav", sounds(RATE, RATE)["tone"])
     playlists = {
         "hls.wav": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:{tmp_path}/secret.wav\n",  # without its end
