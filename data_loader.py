@@ -6,7 +6,9 @@ preprocess_data.py writes the processed files and training reads them. Nothing h
 import contextlib
 import dataclasses
 import hashlib
+import os
 import re
+import shutil
 import warnings
 import zlib
 from pathlib import Path
@@ -111,31 +113,52 @@ class Processed:
 
 
 def save_processed(folder, features, clips, audio, source, left_out=()):
-    """Write the processed files. features.json is removed first and written last: it marks a complete set.
+    """Write the processed files, which replace those that are there.
 
     features: (clips, n_mels, n_frames); clips: DataFrame in the same order; source: name of the data set; left_out:
     names of clips that its metadata lists and the files lack.
     """
-    with features_writer(folder, audio) as append:
-        append(features)
-    save_tables(folder, clips, audio, source, left_out)
+    with replacing(folder) as new:
+        with features_writer(new, audio) as append:
+            append(features)
+        save_tables(new, clips, audio, source, left_out)
 
 
 @contextlib.contextmanager
-def features_writer(folder, audio):
-    """Write a folder's features.pkl clip by clip: gives a function that appends features (n, n_mels, n_frames).
+def replacing(folder):
+    """Give a folder for new processed files. They replace those in `folder` if the block ends well, else they go.
 
-    If the block fails, the folder stays as it was. If it ends well, `save_tables` must follow.
+    All are written before the first is renamed: a disk that fills leaves the old ones.
     """
-    folder = Path(folder)
-    with utils.array_writer(folder / "features.pkl", audio.shape, audio.feature_dtype) as append:
-        yield append
-        (folder / "features.json").unlink(missing_ok=True)
+    new = Path(folder) / "new"
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    install(new, folder)
+
+
+def install(new, folder):
+    """Move processed files from one folder to another. What a kill cuts short, another call finishes.
+
+    features.json comes last: where `new` has it, the set is whole.
+    """
+    if (new / "features.json").is_file():
+        for name in PROCESSED_FILES:
+            if (new / name).is_file():
+                os.replace(new / name, Path(folder) / name)
+        shutil.rmtree(new)
+
+
+def features_writer(folder, audio):
+    """Write a folder's features.pkl clip by clip: a context with a function that appends (n, n_mels, n_frames)."""
+    return utils.array_writer(folder / "features.pkl", audio.shape, audio.feature_dtype)
 
 
 def save_tables(folder, clips, audio, source, left_out):
-    """Write the processed files beside a new features.pkl; the arguments are those of `save_processed`."""
-    folder = Path(folder)
+    """Write the other processed files beside a new features.pkl; the arguments are those of `save_processed`."""
     features = utils.load_pickle(folder / "features.pkl", memory_map=True)
     labels, folds = (clips[column].to_numpy(np.int64) for column in ("classID", "fold"))
     utils.save_pickle(folder / "labels.pkl", labels)

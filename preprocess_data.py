@@ -10,7 +10,6 @@ run before anything is written, unless --allow_missing leaves such clips out.
 
 import collections
 import concurrent.futures
-import math
 import multiprocessing
 import os
 import signal
@@ -19,7 +18,6 @@ import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
 
-import numpy as np
 from tqdm import tqdm
 
 import config
@@ -32,7 +30,6 @@ if __name__ != "__mp_main__":  # the worker processes import this file too, and 
 
 CLIPS_PER_TASK = 8  # clips a worker takes at a time: enough to make messages cheap, few enough to stop quickly
 TASKS_AHEAD = 4  # per worker, of the result that is next: few enough that memory does not grow with the data
-SPARE_DISK = 100e6  # bytes left free beside the processed files
 
 
 def parse_args():
@@ -118,6 +115,7 @@ def main():
     output_dir = utils.folder(args.output_dir, args.assets_dir, config.PROCESSED_DIR)
     clips = data_loader.read_clip_table(data_dir / "metadata" / "UrbanSound8K.csv")
     with utils.only_one(output_dir, "preprocess_data.py"):
+        data_loader.install(output_dir / "new", output_dir)  # what a kill has cut short
         if not args.overwrite and (stored := clips_stored(output_dir, clips, args.allow_missing)):
             count = f"all {stored}" if stored == len(clips) else f"{stored} of {len(clips)}"
             print(f"Nothing to do: {output_dir} holds the features of {count} clips (--overwrite: again)")
@@ -154,8 +152,6 @@ def clips_stored(output_dir, clips, allow_missing):
 def preprocess(clips, data_dir, output_dir, args):
     """Make the processed files of `clips` and print what is in them."""
     audio = AudioSettings()
-    clip_bytes = math.prod(audio.shape) * np.dtype(audio.feature_dtype).itemsize
-    check_disk_space(output_dir, len(clips) * clip_bytes)
     places = "fold" + clips["fold"].astype(str) + "/" + clips["slice_file_name"]
     paths = [data_dir / "audio" / place for place in places]
     report_oddities(data_dir, clips, paths)
@@ -163,39 +159,38 @@ def preprocess(clips, data_dir, output_dir, args):
     left_out = {path.name: "no such file" for path in paths if not path.is_file()}
     report_left_out(left_out, args.allow_missing)
     paths = [path for path in paths if path.name not in left_out]
-    unreadable = {}
     try:
-        with data_loader.features_writer(output_dir, audio) as append:
-            results = tqdm(process_clips(paths, audio, args.workers), "log-mel", len(paths), unit="clip", disable=None)
-            for path, (features, reason) in zip(paths, results, strict=True):
-                if reason:
-                    unreadable[path.name] = reason
-                else:
-                    append(features[None])  # (1, n_mels, n_frames)
+        with data_loader.replacing(output_dir) as new:
+            unreadable = write_features(new, paths, audio, args.workers)
             report_left_out(unreadable, args.allow_missing)
             left_out |= unreadable
             if len(left_out) == len(clips):
                 raise UserError(f"no clip of {data_dir} could be read: run python download_data.py --force")
+            clips = clips[~clips["slice_file_name"].isin(left_out)].reset_index(drop=True)
+            data_loader.save_tables(new, clips, audio, data_dir.resolve().name, sorted(left_out))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Stopped. Nothing was changed; the same command starts again.") from None
-    clips = clips[~clips["slice_file_name"].isin(left_out)].reset_index(drop=True)
-    data_loader.save_tables(output_dir, clips, audio, data_dir.resolve().name, sorted(left_out))
     seconds = time.perf_counter() - start
     print_counts(clips)
     print(
         f"{len(clips)} clips in {seconds:.1f} s ({len(clips) / seconds:.0f} clips/s)"
         + (f", {len(left_out)} left out" if left_out else "")
         + f" -> {output_dir}: features {(len(clips), *audio.shape)} {audio.feature_dtype}, "
-        + f"{len(clips) * clip_bytes / 1e6:,.0f} MB"
+        + f"{(output_dir / 'features.pkl').stat().st_size / 1e6:,.0f} MB"
     )
 
 
-def check_disk_space(output_dir, n_bytes):
-    """Raise a UserError if a folder's disk has no room for features of so many bytes."""
-    utils.temporary_path(output_dir / "features.pkl")  # which removes what a killed run left
-    needed = n_bytes + SPARE_DISK
-    remedy = "make room, or name a different --output_dir"
-    utils.need_space(output_dir, needed, f" and {needed / 1e6:,.0f} MB are needed: {remedy}")
+def write_features(folder, paths, audio, workers):
+    """Write features.pkl of those recordings that can be read. Return {file name: reason} of the others."""
+    unreadable = {}
+    with data_loader.features_writer(folder, audio) as append:
+        results = tqdm(process_clips(paths, audio, workers), "log-mel", len(paths), unit="clip", disable=None)
+        for path, (features, reason) in zip(paths, results, strict=True):
+            if reason:
+                unreadable[path.name] = reason
+            else:
+                append(features[None])  # (1, n_mels, n_frames)
+    return unreadable
 
 
 def report_left_out(left_out, allow_missing):

@@ -21,6 +21,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import typing
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,17 +205,28 @@ def atomic_write(path, mode="wb"):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        with (
+            naming(path),
+            open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file,
+        ):
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a write, unlike an open, does not say to what
-            error.filename = str(path)
         raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Add a path to an OSError that has none: a write, unlike an open, does not say to what."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def temporary_path(path):
@@ -337,40 +349,24 @@ def save_pickle(path, value):
 def array_writer(path, row_shape, dtype):
     """Pickle an array row by row, atomically: gives a function that appends rows, of shape (n, *row_shape).
 
-    The file is what pickle writes for the whole array, less its frames; memory stays at the rows'.
+    Until the end the rows are in a file without a name on the same disk, so that memory stays at the rows'.
     """
-    n_rows = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), tempfile.TemporaryFile(dir=path.parent) as file:
+        shape = 0, *row_shape
 
-    def append(rows):
-        nonlocal n_rows
-        rows = np.ascontiguousarray(rows, dtype)
-        if rows.shape[1:] != tuple(row_shape):
-            raise ValueError(f"rows of {rows.shape[1:]}, and the array's have {tuple(row_shape)}")
-        file.write(rows.reshape(-1).view(np.uint8))
-        n_rows += len(rows)
+        def append(rows):
+            nonlocal shape
+            rows = np.asarray(rows, dtype)
+            if rows.shape[1:] != tuple(row_shape):
+                raise ValueError(f"rows of {rows.shape[1:]}, and the array's have {tuple(row_shape)}")
+            file.write(rows.tobytes())
+            shape = shape[0] + len(rows), *row_shape
 
-    with atomic_write(path) as file:
-        head, _ = _around_memory((0, *row_shape), dtype)
-        file.write(head)  # its last 8 bytes are the length of what follows
         yield append
-        n_bytes = file.tell() - len(head)
-        file.write(_around_memory((n_rows, *row_shape), dtype)[1])
-        file.seek(len(head) - 8)
-        file.write(n_bytes.to_bytes(8, "little"))
-
-
-def _around_memory(shape, dtype):
-    """Return what pickle writes before and after the memory of an array of this shape, without the array."""
-
-    class Array:
-        def __reduce_ex__(self, protocol):
-            function, (_, numpy_type, _, order) = np.empty(0, dtype).__reduce_ex__(protocol)
-            return function, (pickle.PickleBuffer(bytearray()), numpy_type, shape, order)
-
-    parts = pickle.dumps(Array(), 5, buffer_callback=lambda _: None)
-    head, tail = parts.split(pickle.NEXT_BUFFER, 1)
-    frame = len(pickle.FRAME) + 8  # bytes; frames are optional, and this one's length would not fit
-    return head[:2] + head[2 + frame :] + pickle.BYTEARRAY8 + bytes(8), tail
+        file.flush()
+        array = np.memmap(file, dtype, "r+", shape=shape) if shape[0] else np.empty(shape, dtype)
+        save_pickle(path, np.asarray(array))
 
 
 def load_pickle(path, memory_map=False):

@@ -133,9 +133,7 @@ def fetch_processed(folder, repo_id):
             api.hf_hub_download(repo_id, name, repo_type="dataset", revision=revision, local_dir=partial)
             if name == "features.json":
                 data_loader.check_audio_settings(data_loader.read_info(partial)["audio"])
-        for name in PROCESSED_FILES:  # features.json last: it marks a complete set
-            os.replace(partial / name, folder / name)
-        shutil.rmtree(partial)
+        data_loader.install(partial, folder)
 
 
 def fetch_model(repo_id, fold):

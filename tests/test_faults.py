@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import re
+import shutil
 import subprocess
 import time
 
@@ -68,10 +68,20 @@ def test_disk_that_fills_during_training_costs_one_epoch(small_disk, data, scrip
     assert f"resuming after epoch {newest} of 4" in done.stdout
 
 
-def test_preprocessing_on_a_disk_that_is_too_small_is_refused_at_the_start(small_disk, miniature, run_script):
-    folder = small_disk(4)
-    line = one_line(run_script("preprocess_data.py", "--data_dir", miniature, "--assets_dir", folder))
-    assert re.search(r"has \d+ MB free and \d+ MB are needed", line)
+@pytest.mark.parametrize("free", [1_500_000, 4_000_000, 7_000_000])  # bytes: full at the rows, at the features; not
+def test_preprocessing_again_on_a_full_disk_leaves_the_old_files(free, small_disk, data, miniature, run_script):
+    folder = small_disk(40)
+    shutil.copytree(data, folder / "data")
+    old = {path.name: path.read_bytes() for path in (folder / "data").iterdir()}
+    fill_to(folder, free)
+    flags = ("--data_dir", miniature, "--assets_dir", folder, "--overwrite", "--workers", 1)
+    done = run_script("preprocess_data.py", *flags)
+    new = {path.name: path.read_bytes() for path in (folder / "data").iterdir() if path.name != ".lock"}
+    if free == 7_000_000:
+        assert done.returncode == 0 and utils.load_json(folder / "data" / "features.json")["clips"] == 60
+    else:
+        assert "No space left on device" in one_line(done) and str(folder / "data") in done.stderr
+        assert new == old
 
 
 def test_a_full_disk_leaves_the_old_file(small_disk):

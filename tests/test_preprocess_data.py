@@ -274,7 +274,7 @@ def at_work(flags, folder):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, start_new_session=True) as process:
         try:
-            while process.poll() is None and not list(folder.glob("features.pkl.*.tmp")):
+            while process.poll() is None and not (folder / "new").is_dir():
                 time.sleep(0.02)
             yield process
         finally:
@@ -300,8 +300,6 @@ def test_kill_at_a_random_moment_leaves_no_worker_and_the_old_files(flags, proce
             time.sleep(random.uniform(0, 1))
             process.kill()
             process.communicate(timeout=60)
-        for leftover in tmp_path.glob("processed/features.pkl.*.tmp"):  # which the next run removes
-            leftover.unlink()
         assert contents(tmp_path / "processed") == contents(processed[0])
 
 
@@ -328,15 +326,15 @@ def test_killed_worker_is_named_with_the_remedy(flags, tmp_path):
     assert contents(tmp_path / "processed") == {}
 
 
-# The script, killed when it has written a file and is about to rename it: argv[1].
+# The script, killed when it has written a file and is about to rename it: argv[1], to a folder: argv[2].
 KILLED_AT = """
 import os, signal, sys
 import preprocess_data, utils
 
-replace, last = os.replace, sys.argv.pop(1)
+replace, last, folder = os.replace, sys.argv.pop(1), sys.argv.pop(1)
 
 def replace_or_die(source, target):
-    if target.name == last:
+    if target.name == last and target.parent.name == folder:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 
@@ -345,18 +343,22 @@ utils.run(preprocess_data.main)
 """
 
 
-def test_kill_while_writing_leaves_nothing_that_is_taken_for_a_set(dataset, preprocess, tmp_path):
+@pytest.mark.parametrize("name", ["features.pkl", "labels.pkl", "features.json"])
+def test_kill_while_writing_leaves_the_old_set_or_one_that_the_next_run_completes(name, dataset, preprocess, tmp_path):
     folder, rows = dataset(2)
+    output = tmp_path / "processed"
     write_rows(folder, rows[:1])
     preprocess(folder)
     write_rows(folder, rows)
-    flags = ["--data_dir", folder, "--output_dir", tmp_path / "processed", "--overwrite"]
-    for name in ("labels.pkl", "features.json"):
-        command = [sys.executable, "-c", KILLED_AT, name, *flags]
-        assert subprocess.run(command, cwd=REPOSITORY, capture_output=True).returncode == -signal.SIGKILL
-        with pytest.raises(UserError, match=r"lacks features\.json"):
-            data_loader.load_processed(tmp_path / "processed")
-    assert list((tmp_path / "processed").glob("*.tmp"))
-    preprocess(folder)
-    assert len(data_loader.load_processed(tmp_path / "processed").labels) == 2
-    assert not list((tmp_path / "processed").glob("*.tmp"))
+    for place in ("new", "processed"):
+        command = [sys.executable, "-c", KILLED_AT, name, place, "--data_dir", folder, "--output_dir", output]
+        done = subprocess.run([*command, "--overwrite"], cwd=REPOSITORY, capture_output=True)
+        assert done.returncode == -signal.SIGKILL
+        if place == "new" or name == "features.pkl":
+            assert len(data_loader.load_processed(output).labels) == 1
+        else:
+            with pytest.raises(UserError, match="is not one complete set"):
+                data_loader.load_processed(output)
+    assert "Nothing to do" in preprocess(folder).out
+    assert len(data_loader.load_processed(output).labels) == 2
+    assert not (output / "new").exists()
