@@ -6,7 +6,7 @@
 
 For each clip: its name, the sound, the distribution as bars, then the truth; after several, the running score. Each
 clip goes to the model of its own fold, the only one that has not trained on it; clips of folds without a model are
-left out, and a line says which. Without a loudspeaker, one line says so, and the bars come without sound.
+left out, and a line says which. Without a loudspeaker, a line says so, and the bars come without sound.
 """
 
 import os
@@ -20,7 +20,7 @@ import data_loader
 import predict
 import utils
 from audio import read_audio
-from model import load_model, model_path
+from model import find_model, folds_in, load_model
 from reports import answers
 from services import sound
 from utils import UserError
@@ -57,61 +57,41 @@ def choose_clips(clips, class_name=None, fold=None):
 def keep_testable(clips, model_dir):
     """Return the clips whose fold has a model, after a line about the others. UserError if none has one."""
     folds = sorted(set(clips["fold"] - 1))
-    missing = [fold for fold in folds if not model_path(model_dir, fold).is_file()]
+    missing = [fold for fold in folds if fold not in folds_in(model_dir)]
     names = ",".join(map(str, missing))
     if missing == folds:
-        raise UserError(
-            f"{model_dir} lacks the model of fold {names}, the only one that has not trained on those clips: "
-            f"python train.py --folds {names}, or name a different --model_dir"
-        )
+        raise UserError(f"{model_dir} lacks the model of fold {names}: python train.py --folds {names} makes it")
     if missing:
         print(f"without clips of fold {names}, whose model is missing (python train.py --folds {names})")
     return clips[~(clips["fold"] - 1).isin(missing)]
 
 
-def load_honest_model(path, fold):
-    """Return (network, info) of the model that tests a 0-indexed fold. UserError if it has trained on that fold."""
-    network, info = load_model(path)
-    trained_on = info.get("training_folds")
-    if not isinstance(trained_on, list):
-        raise UserError(f"{path} does not say which folds it was trained on: python train.py makes one that does")
-    if fold + 1 in trained_on:
-        raise UserError(
-            f"{path} has trained on clips of fold {fold}, so its answers there prove nothing. Is it the model of a "
-            f"different fold? python train.py --folds {fold} makes the right one"
-        )
-    return network, info
-
-
-def play_or_say_why(samples, rate):
-    """Play samples and return whether that was possible; if not, print one line with the reason and the remedy."""
+def play(samples, rate):
+    """Play samples; where that is not possible, print one line with the reason and the remedy."""
     try:
         sound.play(samples, rate)
     except UserError as error:
         print(f"not played: {error}")
-        return False
-    return True
 
 
-def present(clip, data_dir, model_dir, plays):
-    """Play one clip if `plays`, print bars and truth; return (whether the answer is right, whether it played)."""
+def present(clip, data_dir, model_dir, is_silent):
+    """Play one clip, print bars and truth, and return whether the answer is right."""
     fold = int(clip["fold"]) - 1
-    path = model_path(model_dir, fold)
-    network, info = load_honest_model(path, fold)
+    path = find_model(model_dir, fold)
+    network, info = load_model(path)
+    if fold + 1 in info.get("training_folds", []):
+        raise UserError(f"{path} has trained on clips of fold {fold}: python train.py --folds {fold} makes its model")
     rate = info["audio"]["sample_rate"]
     file = Path(data_dir, "audio", f"fold{fold + 1}", clip["slice_file_name"])
     samples = read_audio(file, rate)  # (n,)
-    settings = info.get("settings")
-    is_optimistic = isinstance(settings, dict) and settings.get("validation") == "test_fold"
-    note = " (optimistic: its epoch was chosen on this fold)" if is_optimistic else ""
-    print(f"{file.name} ({len(samples) / rate:.2f} s) of fold {fold}, {path.name}{note}")
-    plays = plays and play_or_say_why(samples, rate)
+    print(f"{file.name} ({len(samples) / rate:.2f} s) of fold {fold}, {path.name}")
+    if not is_silent:
+        play(samples, rate)
     probabilities = predict.predict(network, info, samples)  # (classes,)
     answers.print_distribution(info["class_names"], probabilities)
     answer = info["class_names"][int(probabilities.argmax())]
-    is_right = answer == clip["class"]
-    print(f"truth: {clip['class']}, {'right' if is_right else f'not {answer}'}")
-    return is_right, plays
+    print(f"truth: {clip['class']}, {'right' if answer == clip['class'] else f'not {answer}'}")
+    return answer == clip["class"]
 
 
 def main():
@@ -123,10 +103,9 @@ def main():
     if args.count > len(clips):
         print(f"there are {len(clips)} such clips, not {args.count}")
     chosen = random.Random(args.seed).sample(range(len(clips)), min(args.count, len(clips)))
-    plays, n_right = not args.no_play, 0
+    n_right = 0
     for n, row in enumerate(chosen, start=1):
-        is_right, plays = present(clips.iloc[row], data_dir, model_dir, plays)
-        n_right += is_right
+        n_right += present(clips.iloc[row], data_dir, model_dir, args.no_play)
         if args.count > 1:
             print(f"score: {n_right} of {n} right ({n_right / n:.0%})\n")
 

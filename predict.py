@@ -135,8 +135,9 @@ def check_class_names(processed_dir, info):
     """Raise a UserError if a data set's class names are not the model's."""
     names = utils.load_pickle(Path(processed_dir) / "class_mapping.pkl")
     model_names = dict(zip(info["class_ids"], info["class_names"], strict=True))
-    if names != model_names:
-        raise UserError(f"{processed_dir} has the classes {names}, and the model was trained on {model_names}")
+    if str(names) != str(model_names):  # as text: an untrusted file may hold values that can't be compared
+        found = utils.one_line(names)
+        raise UserError(f"{processed_dir} has the classes {found}, and the model was trained on {model_names}")
 
 
 # --- One recording -----------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_seed_gives_the_same_clips_again(show):
 @pytest.mark.parametrize(
     ("flags", "reasons"),
     [
-        (("--fold", 1), ["lacks the model of fold 1, the only one", "python train.py --folds 1,"]),
+        (("--fold", 1), ["lacks the model of fold 1: python train.py --folds 1 makes it"]),
         (("--fold", 7), ["no --fold 7 in the data set: it must be one of 0, 1, 2"]),
         (("--class_name", "dog"), ["no --class_name dog in the data set: it must be one of air_conditioner, "]),
         (("--data_dir", "nowhere"), ["run python download_data.py"]),
@@ -90,9 +90,6 @@ def test_what_can_not_be_shown_is_refused_with_the_remedy(show, flags, reasons):
 def test_model_that_has_trained_on_the_clips_is_refused(show, tmp_path):
     path = write_model(tmp_path, 0, training_folds=[1, 2])
     assert f"{path} has trained on clips of fold 0" in refusal(show("--fold", 0, model_dir=tmp_path))
-    write_model(tmp_path, 0, training_folds=[2], settings={"validation": "test_fold"})
-    done = show("--no_play", "--fold", 0, model_dir=tmp_path)
-    assert "(optimistic: its epoch was chosen on this fold)" in done.stdout
 
 
 @ON_LINUX
@@ -100,9 +97,9 @@ def test_without_sound_it_predicts_all_the_same(miniature, models):
     flags = ["--data_dir", str(miniature), "--model_dir", str(models), "--count", "3", "--fold", "0"]
     use = f"import sys, play_and_predict_random as script, utils; sys.argv = ['x', *{flags}]; utils.run(script.main)"
     done = run_python(f"{NO_PORTAUDIO}; {use}")
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("not played: "))
-    assert "apt install libportaudio2" in line
-    done.stdout = done.stdout.replace(line + "\n", "")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("not played: ")]
+    assert len(lines) == 3 and "apt install libportaudio2" in lines[0]
+    done.stdout = done.stdout.replace(lines[0] + "\n", "")
     assert len(read(done)) == 3
 
 

@@ -313,10 +313,10 @@ def test_model_whose_numbers_overflow_is_named(recording, loaded, run, tmp_path)
 def test_class_names_are_checked_against_a_data_set(assets, recording, run, tmp_path):
     assert run(recording, "--processed_dir", assets / "data").stdout == run(recording).stdout
     names = utils.load_pickle(assets / "data" / "class_mapping.pkl")
-    swapped = {**names, 3: names[8], 8: names[3]}
-    utils.save_pickle(tmp_path / "class_mapping.pkl", swapped)
-    line = refusal(run(recording, "--processed_dir", tmp_path))
-    assert f"{tmp_path} has the classes {swapped}, and the model was trained on {names}" in line
+    for wrong in ({**names, 3: names[8], 8: names[3]}, {**names, 3: np.zeros(2)}, np.zeros(3)):
+        utils.save_pickle(tmp_path / "class_mapping.pkl", wrong)
+        line = refusal(run(recording, "--processed_dir", tmp_path))
+        assert f"{tmp_path} has the classes {utils.one_line(wrong)}, and the model was trained on {names}" in line
 
 
 def test_all_folds_answer_with_their_mean(loaded, recording, run, tmp_path):
