@@ -15,7 +15,7 @@ import pandas as pd
 
 import data_loader
 import utils
-from utils import UserError
+from utils import UserError, file_digest
 
 PREDICTIONS = re.compile(r"predictions_fold_(0|[1-9]\d{0,3})\.csv")
 HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
@@ -40,6 +40,7 @@ class Predictions:
     true: np.ndarray  # (clips,) indices into class_names
     probabilities: np.ndarray  # (clips, classes)
     clips: pd.DataFrame | None  # all of clips.csv by file name; None if there is none, or if it lacks a tested clip
+    left_out: list = dataclasses.field(default_factory=list)  # names of files that are of a different run than run.json
 
     @property
     def predicted(self):
@@ -56,7 +57,7 @@ def read_results(results_dir, processed_dir=None):
 
 
 def read_predictions(results_dir, processed_dir=None):
-    """Return the Predictions of every fold in a results folder, checked.
+    """Return the Predictions of every fold in a results folder, checked. Files of a run before run.json's are left out.
 
     processed_dir: the folder of clips.csv, which has salience and recordings, and all clips and folds there are.
     UserError names the file and line of what can't be right: values that are no probabilities, a clip tested twice or
@@ -64,8 +65,12 @@ def read_predictions(results_dir, processed_dir=None):
     """
     matches = {path: PREDICTIONS.fullmatch(path.name) for path in Path(results_dir).glob("predictions_fold_*.csv")}
     paths = {int(match[1]): path for path, match in matches.items() if match}
+    own = read_run(results_dir).get("files", {})
+    left_out = [fold for fold in paths if own and file_digest(paths[fold]) != own.get(str(fold), {}).get("predictions")]
+    left_out = [paths.pop(fold).name for fold in sorted(left_out)]
     if not paths:
-        raise UserError(f"no predictions in {results_dir}: run python train.py first")
+        what = f" of the run in run.json, but {', '.join(left_out)}" if left_out else ""
+        raise UserError(f"no predictions{what} in {results_dir}: run python train.py first")
     class_names, tables, probabilities = None, [], []
     for fold, path in sorted(paths.items()):
         columns, names, class_ids, rows = read_prediction_file(path)
@@ -89,6 +94,7 @@ def read_predictions(results_dir, processed_dir=None):
         true=tested["classID"].map(columns).to_numpy(),
         probabilities=np.concatenate(probabilities),
         clips=clips,
+        left_out=left_out,
     )
 
 
@@ -173,6 +179,7 @@ def read_run(results_dir):
             run.get("validation", "none") in VALIDATIONS
             and isinstance(run.get("source", ""), str)
             and isinstance(run.get("settings", {}), dict)
+            and all(isinstance(digests, dict) for digests in run.get("files", {}).values())
             and all(type(number) in (int, float) and 0 < number <= MAX_NUMBER for number in numbers)
         )
     except (AttributeError, ValueError, RecursionError):
@@ -291,6 +298,7 @@ def summarise(predictions, run):
         "class_names": names,
         "confusion_matrix": confusion_matrix(true, predicted, labels=range(len(names))).tolist(),  # rows are true
         **summarise_errors(predictions),
+        "left_out": predictions.left_out,
         "run": run,
     }
 

@@ -124,7 +124,8 @@ def coverage(results):
     for what, present in (("folds", results["folds_present"]), ("clips", results["clips"])):
         total = results[f"{what}_total"]
         parts.append(f"{present:,} of {total:,} {what}" if total else f"{present:,} {what}")
-    return ", ".join(parts)
+    left_out = results["left_out"]
+    return ", ".join(parts) + (f" (left out, as of a different run: {', '.join(left_out)})" if left_out else "")
 
 
 def report_text(results):

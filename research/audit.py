@@ -122,11 +122,14 @@ def audit(paths, data=None):
     data = data or data_loader.load_processed(paths.processed)
     findings = duplicates_across_folds(data) + cells_that_tell_the_class(data)
     looked_at = [f"{len(data.labels)} clips"]
+    files = metrics.read_run(paths.results).get("files", {})
     for fold in np.unique(data.folds - 1).tolist():
         path = model_path(paths.models, fold)
         predictions = checkpoint.result_path(paths.results, "predictions", fold)
         if not path.is_file():
             continue
+        if files and utils.file_digest(path) != files.get(str(fold), {}).get("model"):
+            findings.append(f"{path.name} is not of the run in run.json: run python train.py, or remove it")
         try:
             network, info = load_model(path)
             looked_at.append(path.name)

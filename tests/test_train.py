@@ -376,6 +376,19 @@ def test_lost_files_of_a_finished_run_are_made_again(evidence, reference, assets
     assert_same_files(assets, reference[0])
 
 
+def test_report_after_a_new_run_leaves_the_files_of_the_one_before_out(assets, run_train, run_script, data):
+    shutil.rmtree(assets / "checkpoints")
+    done = run_train(assets, "--folds", 0, "--learning_rate", 0.01)
+    assert done.returncode == 0, done.stderr
+    again = run_script("evaluate.py", "--assets_dir", assets, "--processed_dir", data)
+    for printed in (done.stdout, again.stdout):
+        names = "predictions_fold_1.csv, predictions_fold_2.csv"
+        assert f"1 of 3 folds, 8 of 24 clips (left out, as of a different run: {names}): accuracy" in printed
+    for fold in (1, 2):
+        assert f"audit: model_fold_{fold}_best.safetensors is not of the run in run.json" in done.stderr
+    assert len(json.loads((assets / "results" / "results.json").read_text())["per_fold"]) == 1
+
+
 def test_fold_after_fold_gives_what_all_at_once_gives(reference, run_train, tmp_path):
     for folds in ("1", "0,2"):
         done = run_train(tmp_path, "--folds", folds)
