@@ -15,7 +15,6 @@ import io
 import multiprocessing
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -58,10 +57,10 @@ CLIP_RATE = 44_100  # Hz; stereo, 16 bit
 # --- Timing ------------------------------------------------------------------------------------------------------
 
 
-def median_times(*functions, turns=TURNS):
+def median_times(*functions):
     """Return the median seconds of each function, run in turns after one call of each that is not counted."""
     times = [[] for _ in functions]
-    for turn in range(turns + 1):
+    for turn in range(TURNS + 1):
         for function, seconds in zip(functions, times, strict=True):
             start = time.perf_counter()
             function()
@@ -133,11 +132,12 @@ def librosa_clip(path):
 @functools.cache
 def torchaudio_transforms(rate):
     """Return torchaudio's transforms for samples of this rate: resampling, mel bands, dB."""
-    transforms = utils.need("torchaudio", "the comparison with torchaudio").transforms
-    mel = transforms.MelSpectrogram(
+    from torchaudio.transforms import AmplitudeToDB, MelSpectrogram, Resample
+
+    mel = MelSpectrogram(
         AUDIO.sample_rate, AUDIO.n_fft, None, AUDIO.hop_length, n_mels=AUDIO.n_mels, norm="slaney", mel_scale="slaney"
     )
-    return nn.Sequential(transforms.Resample(rate, AUDIO.sample_rate), mel, transforms.AmplitudeToDB())
+    return nn.Sequential(Resample(rate, AUDIO.sample_rate), mel, AmplitudeToDB())
 
 
 def torchaudio_clip(path):
@@ -150,20 +150,18 @@ def benchmark_preprocess(folder):
     """Yield rows: milliseconds a clip, by one process each and by all cores together."""
     paths = [write_clip(folder)] * CLIPS_PER_TURN
     few = paths[: CLIPS_PER_TURN // 8]
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of torchaudio: one core each
     with concurrent.futures.ProcessPoolExecutor(config.WORKERS, SPAWN, utils.keep_freed_memory) as pool:
-        by_librosa, by_torchaudio, alone, together = median_times(
+        *each, together = median_times(
             lambda: [librosa_clip(path) for path in few],
             lambda: [torchaudio_clip(path) for path in few],
             lambda: [our_clip(path) for path in few],
             lambda: list(pool.map(our_clip, paths, chunksize=CLIPS_PER_TASK)),
         )
-    torch.set_num_threads(threads)
-    by_librosa, by_torchaudio, alone = (1e3 * seconds / len(few) for seconds in (by_librosa, by_torchaudio, alone))
+    torch.set_num_threads(config.WORKERS)
+    by_librosa, by_torchaudio, alone = (1e3 * seconds / len(few) for seconds in each)
     together = 1e3 * together / len(paths)
-    what = f"preprocess a clip, {config.WORKERS} processes"
-    yield row(what, "librosa, one process", together, by_librosa, "≥ 5 ×")
+    yield row(f"preprocess a clip, {config.WORKERS} processes", "librosa, one process", together, by_librosa, "≥ 5 ×")
     yield row("the same, one process", "librosa, one process", alone, by_librosa)
     yield row("the same, one process", "torchaudio's MelSpectrogram, one process", alone, by_torchaudio)
 
@@ -204,13 +202,6 @@ def plain_loop(network, features, targets):
         loss.item()  # as they add it to a sum, to print it
 
 
-def plain_turn():
-    """Return the seconds of the plain loop's steps, after one loop that is not counted. Runs in its own process."""
-    network = PlainCNN(10, AUDIO.n_mels, config.BLOCK_DROPOUT, config.HEAD_DROPOUT)
-    features, targets = random_examples(config.BATCH_SIZE * STEPS)
-    return median_times(lambda: plain_loop(network, features, targets), turns=1)[0]
-
-
 def our_steps(network, settings, features, targets):
     """Train on the examples once, with the steps of train.py and none of its epochs."""
     optimizer = train.make_optimizer(network, settings)
@@ -221,15 +212,12 @@ def our_steps(network, settings, features, targets):
 
 def benchmark_step(settings):
     """Yield a row: a training step on whole clips against the plain loop."""
+    plain = PlainCNN(10, AUDIO.n_mels, config.BLOCK_DROPOUT, config.HEAD_DROPOUT)
     network = build_model({**settings, "model": "AudioCNN"}, 10, AUDIO)
     examples = random_examples(config.BATCH_SIZE * STEPS)
-    turns = []
-    for _ in range(TURNS):  # the plain loop's speed differs between processes: a fresh one each turn
-        with concurrent.futures.ProcessPoolExecutor(1, SPAWN) as pool:
-            plain = pool.submit(plain_turn).result()
-        turns.append([plain, *median_times(lambda: our_steps(network, settings, *examples), turns=1)])
-    plain, ours = (1e3 * statistics.median(seconds) / len(examples[0]) for seconds in zip(*turns, strict=True))
-    yield row(f"AudioCNN: a training step, an example of {AUDIO.n_frames} frames", "plain loop", ours, plain, "≥ 5 ×")
+    times = median_times(lambda: plain_loop(plain, *examples), lambda: our_steps(network, settings, *examples))
+    theirs, ours = (1e3 * seconds / len(examples[0]) for seconds in times)
+    yield row(f"AudioCNN: a training step, an example of {AUDIO.n_frames} frames", "plain loop", ours, theirs, "≥ 5 ×")
 
 
 def make_fold(folder, data, **changed):
@@ -249,7 +237,7 @@ def one_epoch(fold, run):
 
 
 def benchmark_epoch(folder, data):
-    """Yield rows: whole epochs of train.py against their steps alone, plain blocks, and plain blocks compiled."""
+    """Yield rows: whole epochs of train.py against their steps alone, and against plain blocks."""
     fold, run = make_fold(folder / "fast", data)
     plain = make_fold(folder / "plain", data, fast_blocks=False)
     n_clips, n_frames = len(fold.training), augment.crop_length(AUDIO.n_frames, run.settings)
@@ -259,21 +247,15 @@ def benchmark_epoch(folder, data):
         "steps": lambda: our_steps(fold.network, run.settings, *examples),
         "plain": lambda: one_epoch(*plain),
     }
-    if shutil.which(os.environ.get("CXX", "g++")):  # torch.compile needs a C++ compiler
-        compiled = make_fold(folder / "compiled", data, fast_blocks=False)
-        compiled[0].network.view_logits = torch.compile(compiled[0].network.view_logits)  # what train_step calls
-        functions["compiled"] = lambda: one_epoch(*compiled)
     times = [1e3 * seconds / n_clips for seconds in median_times(*functions.values())]
     times = dict(zip(functions, times, strict=True))
     what = f"{config.MODEL}: a whole epoch, an example of {n_frames} frames"
     yield row(what, "its steps alone", times["epoch"], times["steps"], "≤ 1.08 ×", faster=False)
     yield row(what, "the same with FAST_BLOCKS = False", times["epoch"], times["plain"])
-    if "compiled" in times:
-        yield row(what, "the same with torch.compile", times["epoch"], times["compiled"])
 
 
 def benchmark_memory(folder):
-    """Yield rows: the peak memory of train.py and the time to load, at UrbanSound8K's size."""
+    """Yield a row: the peak memory of train.py at UrbanSound8K's size."""
     # Few clips to train on: memory is that of the features and of one step, and testing is quicker.
     write_random_data(folder, [400, FULL_SIZE - 1200, 800])
     path = folder / "features.pkl"
@@ -282,14 +264,6 @@ def benchmark_memory(folder):
     bound = (1.5 * path.stat().st_size + bare + 600e6) / 1e6
     what = f"peak memory of training, {FULL_SIZE:,} clips"
     yield row(what, "1.5 × features + import torch + 600 MB", peak / 1e6, bound, "≤ 1 ×", "MB", faster=False)
-    # Each in a process of its own: memory that the allocator has kept would make the second one faster.
-    load = f"import data_loader; data_loader.load_processed({str(folder)!r})"
-    read = f"import data_loader, numpy; numpy.fromfile({str(path)!r}, 'uint8')"
-    start = "import data_loader, numpy"
-    ours, raw, empty = median_times(*(lambda code=code: run_command("-c", code) for code in (load, read, start)))
-    what = "load the processed files, checks included"
-    ours, raw = 1e3 * (ours - empty), 1e3 * (raw - empty)
-    yield row(what, "np.fromfile of features.pkl", ours, raw, "≤ 1.5 ×", faster=False)
 
 
 def benchmark_train(folder):
@@ -334,13 +308,9 @@ def format_row(values):
 
 def machine():
     """Return what the times depend on, in one line."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     bf16 = ", bf16" if utils.computes_in_bfloat16(CPU) else ""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{name}, {config.WORKERS} cores, {torch.backends.cpu.get_cpu_capability()}{bf16}, {versions}"
+    return f"{platform.machine()}, {config.WORKERS} cores, {torch.backends.cpu.get_cpu_capability()}{bf16}, {versions}"
 
 
 def main():
