@@ -167,6 +167,7 @@ def is_state(value):
         re.fullmatch("[0-9]", fold)
         and isinstance(entry, dict)
         and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+        and isinstance(entry.get("files", {}), dict)
         for fold, entry in value["folds"].items()
     )
 
@@ -271,6 +272,7 @@ class Run:
                 fold: entry["temperature"] for fold, entry in folds.items() if "temperature" in entry
             }
             info["files"] = {fold: entry["files"] for fold, entry in folds.items() if "files" in entry}
+            info["class_ids"] = {name: class_id for class_id, name in data.class_names.items()}
             info |= {"source": data.info["source"], "settings": self.settings}
             utils.save_json(self.paths.results / "run.json", info)
 

@@ -27,6 +27,12 @@ MAX_FOLD = 10
 MAX_NAME = 255  # bytes of a file name
 
 
+def find_dataset(folder):
+    """Return (path of UrbanSound8K.csv, folder of fold1, fold2, ...): the official layout, or Kaggle's flat one."""
+    flat = folder / "UrbanSound8K.csv"
+    return (flat, folder) if flat.is_file() else (folder / "metadata" / "UrbanSound8K.csv", folder / "audio")
+
+
 def read_clip_table(path):
     """Return the rows of UrbanSound8K.csv (or clips.csv) as a DataFrame, in file order.
 

@@ -11,7 +11,6 @@ left out, and a line says which. Without a loudspeaker, a line says so, and the 
 
 import os
 import random
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: see train.py
 
@@ -74,7 +73,7 @@ def play(samples, rate):
         print(f"not played: {error}")
 
 
-def present(clip, data_dir, model_dir, is_silent):
+def present(clip, audio_dir, model_dir, is_silent):
     """Play one clip, print bars and truth, and return whether the answer is right."""
     fold = int(clip["fold"]) - 1
     path = find_model(model_dir, fold)
@@ -82,7 +81,7 @@ def present(clip, data_dir, model_dir, is_silent):
     if fold + 1 in info.get("training_folds", []):
         raise UserError(f"{path} has trained on clips of fold {fold}: python train.py --folds {fold} makes its model")
     rate = info["audio"]["sample_rate"]
-    file = Path(data_dir, "audio", f"fold{fold + 1}", clip["slice_file_name"])
+    file = audio_dir / f"fold{fold + 1}" / clip["slice_file_name"]
     samples = read_audio(file, rate)  # (n,)
     print(f"{file.name} ({len(samples) / rate:.2f} s) of fold {fold}, {path.name}")
     if not is_silent:
@@ -98,14 +97,15 @@ def main():
     args = parse_args()
     data_dir = utils.folder(args.data_dir, args.assets_dir, config.DATASET_DIR)
     model_dir = utils.run_folders(args).models
-    clips = data_loader.read_clip_table(data_dir / "metadata" / "UrbanSound8K.csv")
+    table, audio_dir = data_loader.find_dataset(data_dir)
+    clips = data_loader.read_clip_table(table)
     clips = keep_testable(choose_clips(clips, args.class_name, args.fold), model_dir)
     if args.count > len(clips):
         print(f"there are {len(clips)} such clips, not {args.count}")
     chosen = random.Random(args.seed).sample(range(len(clips)), min(args.count, len(clips)))
     n_right = 0
     for n, row in enumerate(chosen, start=1):
-        n_right += present(clips.iloc[row], data_dir, model_dir, args.no_play)
+        n_right += present(clips.iloc[row], audio_dir, model_dir, args.no_play)
         if args.count > 1:
             print(f"score: {n_right} of {n} right ({n_right / n:.0%})\n")
 

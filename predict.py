@@ -304,19 +304,21 @@ def main():
         return sound.listen_to_microphone(lambda samples: classify([samples], models).mean, info)
     recordings = find_recordings(args.recordings)
     timelines, failures, many = {}, [], len(recordings) > 1
-    for recording, name in zip(recordings, file_names(recordings), strict=True):
-        flags = {flag: path for flag in OUTPUTS if (path := getattr(args, flag))}
-        outputs = {flag: output_path(path, name + OUTPUTS[flag], many) for flag, path in flags.items()}
-        try:
-            timelines[str(recording)] = predict_file(recording, models, model_names, args, outputs)
-        except UserError as error:
-            failures.append(str(error))
-            if args.json:
-                print(json.dumps({"file": str(recording), "error": str(error)}, ensure_ascii=False))
-            elif args.quiet and many:
-                print()
-    if args.csv:
-        answers.save_csv(output_path(args.csv, "timelines.csv", False), timelines)
+    try:
+        for recording, name in zip(recordings, file_names(recordings), strict=True):
+            flags = {flag: path for flag in OUTPUTS if (path := getattr(args, flag))}
+            outputs = {flag: output_path(path, name + OUTPUTS[flag], many) for flag, path in flags.items()}
+            try:
+                timelines[str(recording)] = predict_file(recording, models, model_names, args, outputs)
+            except UserError as error:
+                failures.append(str(error))
+                if args.json:
+                    print(json.dumps({"file": str(recording), "error": str(error)}))
+                elif args.quiet and many:
+                    print()
+    finally:  # also after Ctrl-C or an error, with what is done
+        if args.csv:
+            answers.save_csv(output_path(args.csv, "timelines.csv", False), timelines)
     if failures and many:
         failures.insert(0, f"{len(failures)} of {len(recordings)} recordings can't be predicted:")
     if failures:

@@ -113,7 +113,7 @@ def main():
     args = parse_args()
     data_dir = utils.folder(args.data_dir, args.assets_dir, config.DATASET_DIR)
     output_dir = utils.folder(args.output_dir, args.assets_dir, config.PROCESSED_DIR)
-    clips = data_loader.read_clip_table(data_dir / "metadata" / "UrbanSound8K.csv")
+    clips = data_loader.read_clip_table(data_loader.find_dataset(data_dir)[0])
     with utils.only_one(output_dir, "preprocess_data.py"):
         data_loader.install(output_dir / "new", output_dir)  # what a kill has cut short
         if not args.overwrite and (stored := clips_stored(output_dir, clips, args.allow_missing)):
@@ -153,7 +153,7 @@ def preprocess(clips, data_dir, output_dir, args):
     """Make the processed files of `clips` and print what is in them."""
     audio = AudioSettings()
     places = "fold" + clips["fold"].astype(str) + "/" + clips["slice_file_name"]
-    paths = [data_dir / "audio" / place for place in places]
+    paths = [data_loader.find_dataset(data_dir)[1] / place for place in places]
     report_oddities(data_dir, clips, paths)
     start = time.perf_counter()
     left_out = {path.name: "no such file" for path in paths if not path.is_file()}

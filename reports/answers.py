@@ -164,6 +164,7 @@ def save_csv(path, timelines):
         writer.writerow(["file", *COLUMNS])
         for name, parts in timelines.items():
             name = name.encode("utf-8", "backslashreplace").decode()  # a file's name may be no text
+            name = f"./{name}" if name[0] in "=+-@" else name  # which a spreadsheet would take for a formula
             writer.writerows([name, *rounded(part)] for part in parts)
 
 

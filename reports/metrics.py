@@ -65,7 +65,8 @@ def read_predictions(results_dir, processed_dir=None):
     """
     matches = {path: PREDICTIONS.fullmatch(path.name) for path in Path(results_dir).glob("predictions_fold_*.csv")}
     paths = {int(match[1]): path for path, match in matches.items() if match}
-    own = read_run(results_dir).get("files", {})
+    run = read_run(results_dir)
+    own = run.get("files", {})
     left_out = [fold for fold in paths if own and file_digest(paths[fold]) != own.get(str(fold), {}).get("predictions")]
     left_out = [paths.pop(fold).name for fold in sorted(left_out)]
     if not paths:
@@ -83,7 +84,8 @@ def read_predictions(results_dir, processed_dir=None):
     tested = pd.concat(tables)
     check_rows(tested["clip"], ~tested["clip"].duplicated(), "is tested twice: a clip counts once")
     clips = read_clips(processed_dir, tested)
-    ids = {} if clips is None else dict(zip(clips["class"], clips["classID"].tolist(), strict=True))
+    ids = dict(zip(clips["class"], clips["classID"].tolist(), strict=True)) if clips is not None else {}
+    ids = ids or run.get("class_ids", {})
     has_all = all(name in ids for name in class_names)  # else the columns are numbered from 0
     columns = {ids[name] if has_all else column: column for column, name in enumerate(class_names)}
     check_rows(tested["classID"], tested["classID"].isin(columns), f"has no column: the columns are of {[*columns]}")
@@ -175,11 +177,13 @@ def read_run(results_dir):
     try:
         json.dumps(run, allow_nan=False, ensure_ascii=False).encode()  # as results.json will hold it
         numbers = [run.get("n_folds", 1), *run.get("best_epochs", {}).values(), *run.get("temperatures", {}).values()]
+        class_ids = run.get("class_ids", {}).values()
         is_run = (
             run.get("validation", "none") in VALIDATIONS
             and isinstance(run.get("source", ""), str)
             and isinstance(run.get("settings", {}), dict)
             and all(isinstance(digests, dict) for digests in run.get("files", {}).values())
+            and all(type(class_id) is int for class_id in class_ids)
             and all(type(number) in (int, float) and 0 < number <= MAX_NUMBER for number in numbers)
         )
     except (AttributeError, ValueError, RecursionError):

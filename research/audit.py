@@ -10,6 +10,7 @@ ends with the same checks:
 - one cell of the spectrogram that tells the class: the label got into the features
 - class names or numbers that differ between data, model and predictions
 - a model whose training clips or normalisation include its test fold
+- checkpoints that are damaged, models and predictions of a run before this one
 - predictions of other clips than the fold's own, or that the model file does not reproduce
 """
 
@@ -113,17 +114,30 @@ def check_predictions(name, predictions, network, info, data, fold):
     return findings
 
 
+def damaged_checkpoints(folder):
+    """Return a finding for each checkpoint of a fold that can't be used."""
+    findings = []
+    for epoch in checkpoint.checkpoint_epochs(folder):
+        path = folder / f"epoch_{epoch}.pt"
+        try:
+            checkpoint.load_checkpoint(path, epoch)
+        except Exception as error:  # a damaged file makes torch.load raise anything
+            findings.append(f"{path} is damaged ({utils.one_line(error, longest=80)}): remove it")
+    return findings
+
+
 def audit(paths, data=None):
     """Return (findings, what was looked at), both lists of lines, for a run's folders.
 
-    paths: .processed, .models, .results; data: what .processed holds, if that is loaded already. UserError if it can't
-    be. A damaged model or prediction file is a finding.
+    paths: .processed, .checkpoints, .models, .results; data: what .processed holds, if that is loaded already.
+    UserError if it can't be. A damaged checkpoint, model or prediction file is a finding.
     """
     data = data or data_loader.load_processed(paths.processed)
     findings = duplicates_across_folds(data) + cells_that_tell_the_class(data)
     looked_at = [f"{len(data.labels)} clips"]
     files = metrics.read_run(paths.results).get("files", {})
     for fold in np.unique(data.folds - 1).tolist():
+        findings += damaged_checkpoints(checkpoint.fold_dir(paths.checkpoints, fold))
         path = model_path(paths.models, fold)
         predictions = checkpoint.result_path(paths.results, "predictions", fold)
         if not path.is_file():

@@ -36,7 +36,7 @@ def read_run(folder):
         settings = {**results["run"]["settings"]}
         accuracies = {int(row["fold"]): float(row["accuracy"]) for row in results["per_fold"]}
         return settings, int(settings.pop("seed")), accuracies
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} lacks settings or accuracies: run python train.py again") from error
 
 

@@ -252,9 +252,9 @@ def push_models(paths):
     """Send what a run's folders hold and the repository lacks. UserError if it fails, or there is nothing."""
     for path in paths.checkpoints.glob("fold_[0-9]/epoch_*.safetensors"):
         keep_epoch(paths, f"{path.parent.name}/{path.name}")
-    if (paths.results / "results.json").is_file():
-        names = metrics.read_predictions(paths.results).names
-        write_card(paths, utils.load_json(paths.results / "results.json"), names)
+    if any(paths.results.glob("predictions_fold_*.csv")):
+        predictions = metrics.read_predictions(paths.results, paths.processed)
+        write_card(paths, metrics.summarise(predictions, metrics.read_run(paths.results)), predictions.names)
     if not (count := send(paths)):
         raise UserError(f"nothing to send in {paths.checkpoints}, {paths.models} and {paths.results}: train first")
     print(f"on the Hub: {count} files in {config.HF_MODEL_REPO_ID}")

@@ -96,6 +96,13 @@ def test_json_csv_and_labels_say_the_same(tmp_path):
     assert (tmp_path / "a.txt").read_text() == ("0.000000\t2.000000\tsiren 90%\n2.000000\t6.000000\tdog_bark 74%\n")
 
 
+def test_csv_has_no_cell_that_a_spreadsheet_takes_for_a_formula(tmp_path):
+    part = [(0.0, 4.0, "siren", 1.0)]
+    answers.save_csv(tmp_path / "a.csv", {"=cmd.wav": part, "@a.wav": part, "b=.wav": part})
+    files = [line.split(",")[0] for line in (tmp_path / "a.csv").read_text().splitlines()]
+    assert files == ["file", "./=cmd.wav", "./@a.wav", "b=.wav"]
+
+
 def test_name_that_is_no_text_is_escaped_in_every_output(tmp_path, capsys):
     name, siren = "kr\udcffhe\n.wav", answer([0], [4], [0.9])
     answers.print_answer(name, siren, ["m"])

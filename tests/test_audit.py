@@ -32,7 +32,8 @@ def assets(honest, tmp_path):
 
 
 def findings(assets):
-    paths = SimpleNamespace(processed=assets / "data", models=assets / "models", results=assets / "results")
+    folders = {name: assets / name for name in ("checkpoints", "models", "results")}
+    paths = SimpleNamespace(processed=assets / "data", **folders)
     return "\n".join(audit.audit(paths)[0])
 
 
@@ -47,6 +48,12 @@ def change_data(assets, change):
 def change_model(assets, tensors=None, **info):
     path = model.model_path(assets / "models", 0)
     model.save_model(path, {**load_file(path), **(tensors or {})}, {**model.load_model(path)[1], **info})
+
+
+def test_damaged_checkpoint_is_named(assets):
+    path = assets / "checkpoints" / "fold_1" / "epoch_1.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert f"{path} is damaged (its checksum is wrong: it is damaged): remove it" in findings(assets)
 
 
 def copy_a_test_clip(features, labels, clips):

@@ -2,12 +2,15 @@
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
 from result_files import CLASSES, CLIPS_A_FOLD, raw_predictions, read_rows, write_clips, write_rows, write_run
 
 import evaluate
+from reports import metrics, tables
+from services import cards
 from utils import UserError
 
 
@@ -82,6 +85,80 @@ def test_command_compares_and_writes_what_it_prints(tmp_path, run_script):
     text = output.read_text(encoding="utf-8")
     assert "McNemar" in text and done.stdout.startswith(text)
     assert not (a / "results.json").exists()
+
+
+def test_class_numbers_without_clips_csv_are_run_jsons(tmp_path):
+    expected = metrics.read_results(write_run(tmp_path))["accuracy_mean"]
+    class_ids = {"siren": 3, "dog_bark": 4, "drilling": 7}
+    for path in write_run(tmp_path, class_ids=class_ids).glob("predictions_fold_*.csv"):
+        header, *rows = read_rows(path)
+        numbers = dict(zip("012", class_ids.values(), strict=True))
+        write_rows(path, [header, *([name, numbers[class_id], *shares] for name, class_id, *shares in rows)])
+    assert metrics.read_results(tmp_path)["accuracy_mean"] == expected
+
+
+ODD = [None, True, -1, 0, 1e400, "x", "\x1b[2J\n# Title", [], [[1]], {}, {"0": None}, {"0": {"predictions": 1}}]
+
+
+def places(value):
+    """Yield (container, key) of every value within a nested one."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(item)
+
+
+def test_tampered_run_json_is_refused_or_reported(tmp_path):
+    folder, settings = tmp_path / "results", {"model": "AudioCNN", "seed": 1}
+    run = {
+        "settings": settings,
+        "n_folds": 3,
+        "temperatures": {"0": 1.5},
+        "files": {"0": {}},
+        "class_ids": {"siren": 0},
+    }
+    write_run(folder, **run)
+    text = (folder / "run.json").read_text()
+    n_refused = 0
+    for number in range(len(list(places(json.loads(text))))):
+        for odd in ODD:
+            value = json.loads(text)
+            container, key = list(places(value))[number]
+            container[key] = odd
+            (folder / "run.json").write_text(json.dumps(value))
+            try:
+                results = metrics.read_results(folder)
+            except UserError as error:
+                assert "\n" not in str(error)
+                n_refused += 1
+                continue
+            for written in (
+                tables.report_text({**results, "files": []}),
+                cards.model_card(results, ["1-0-0-0.wav"], "a/b"),
+            ):
+                assert "\x1b" not in written and "\n# Title" not in written
+    assert n_refused > 50
+
+
+@pytest.mark.parametrize("name", ["predictions_fold_1.csv", "history_fold_1.csv"])
+def test_tampered_table_is_refused_or_reported(name, tmp_path):
+    folder, draw = write_run(tmp_path / "results"), random.Random(0)
+    rows = read_rows(folder / name)
+    n_refused = 0
+    for _ in range(100):
+        changed = [list(row) for row in rows]
+        row = draw.choice(changed)
+        row[draw.randrange(len(row))] = draw.choice(
+            ["", "x", "-1", "nan", "inf", "1e999", "9" * 400, "\x00", "\x1b[2J"]
+        )
+        write_rows(folder / name, changed)
+        try:
+            results = metrics.read_results(folder)
+            metrics.read_history(folder, 1)
+            tables.report_text({**results, "files": []})
+        except UserError as error:
+            n_refused += 1
+            assert name in str(error) and "\x1b" not in str(error)
+    assert n_refused > 30
 
 
 def test_command_without_predictions_says_what_to_do(tmp_path, run_script):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -100,6 +101,29 @@ def test_read_only_disk(small_disk, data, scripts):
     line = one_line(scripts.run(*TRAIN, "--processed_dir", data, "--assets_dir", folder))
     assert "Read-only file system" in line
     assert str(folder) in line
+
+
+def make_loop(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.write_text("a file"), "File exists|Not a directory"),
+        (lambda path: path.symlink_to(path.parent / "gone"), "File exists|No such file or directory"),
+        (make_loop, "File exists|Too many levels of symbolic links"),
+        (lambda path: path.mkdir(mode=0o500), None),
+    ],
+)
+@pytest.mark.parametrize("name", ["assets", "assets/below", "assets/" + "x" * 300])
+def test_assets_folder_that_can_not_be_is_one_line(make, reason, name, tmp_path, miniature, run_script):
+    make(tmp_path / "assets")
+    done = run_script("preprocess_data.py", "--data_dir", miniature, "--assets_dir", tmp_path / name, "--workers", 1)
+    if reason is None and len(name) < 300:  # for the administrator, who may write everywhere
+        assert done.returncode in (0, 2)
+    else:
+        assert re.search(f"{reason}|File name too long", one_line(done)) and "assets" in done.stderr
 
 
 def test_second_preprocessing_in_the_same_folder_is_refused(tmp_path, miniature, run_script):

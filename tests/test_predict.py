@@ -354,6 +354,13 @@ def test_timeline_files(folder, run, tmp_path):
     assert "timeline:" in alone.stdout and "(mean of 4 windows)" in alone.stdout
 
 
+def test_table_is_written_also_when_the_batch_stops(folder, run, tmp_path):
+    (tmp_path / "labels" / f"{predict.file_names([folder / 'b.wav'])[0]}.txt").mkdir(parents=True)
+    done = run(folder / "a.flac", folder / "b.wav", "--csv", tmp_path / "t.csv", "--labels", tmp_path / "labels")
+    assert done.returncode == 2 and "Is a directory" in done.stderr
+    assert str(folder / "a.flac") in (tmp_path / "t.csv").read_text()
+
+
 def test_folder_of_files_for_one_recording(recording, run, tmp_path):
     from matplotlib.image import imread
 

@@ -154,6 +154,19 @@ def test_labels_are_the_tables_whatever_the_order_of_the_files(dataset, preproce
 # --- Running it again --------------------------------------------------------------------------------------------
 
 
+def test_kaggles_flat_layout_and_a_byte_order_mark_are_read(dataset, preprocess, tmp_path):
+    folder, _ = dataset(3)
+    preprocess(folder)
+    official = contents(tmp_path / "processed")
+    table = folder / "metadata" / "UrbanSound8K.csv"
+    (folder / "UrbanSound8K.csv").write_text(table.read_text(), encoding="utf-8-sig")
+    table.unlink()
+    for fold in (folder / "audio").iterdir():
+        fold.rename(folder / fold.name)
+    preprocess(folder, "--overwrite")
+    assert contents(tmp_path / "processed") == official
+
+
 def test_second_run_has_nothing_to_do_and_reads_no_clip(miniature, processed, tmp_path, preprocess):
     shutil.copytree(processed[0], tmp_path / "processed")
     shutil.copytree(miniature / "metadata", tmp_path / "UrbanSound8K" / "metadata")  # the clips are not even there

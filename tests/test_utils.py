@@ -125,6 +125,8 @@ def test_value_of_a_flag_is_parsed_or_refused(parse, values, refused, reason):
 def test_folder_is_the_flags_or_below_the_assets():
     assert utils.folder(None, "/assets", "data") == utils.folder("", "/assets", "data") == Path("/assets/data")
     assert utils.folder("here", "/assets", "data") == Path("here")
+    assert utils.folder("~/a", "/assets", "data") == utils.folder(None, "/assets", "~/a") == Path.home() / "a"
+    assert utils.make_parser("").parse_args(["--assets_dir=~/a"]).assets_dir == Path.home() / "a"
     assert utils.folder(None, "/assets", "/elsewhere") == Path("/elsewhere")  # an absolute ..._DIR of config.py
 
 
