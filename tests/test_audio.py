@@ -85,6 +85,8 @@ def test_setting_that_can_not_be_is_named(name, values):
             dataclasses.replace(AUDIO, **{name: value})
     with pytest.raises(UserError, match="frames of 32768 samples: raise hop_length"):  # each may be, not all together
         AudioSettings(sample_rate=768_000, clip_seconds=600, n_fft=32_768, hop_length=2)
+    with pytest.raises(UserError, match="frames of 128 bands: raise hop_length"):
+        AudioSettings(sample_rate=768_000, clip_seconds=80, n_fft=2, hop_length=1)
 
 
 # --- Log-mel -----------------------------------------------------------------------------------------------------
