@@ -553,12 +553,14 @@ def test_missing_processed_files_name_the_command(scripts, data, tmp_path):
     ("flags", "named"),
     [
         (("--epochs", "0"), "epochs is 0: it must be from 1 to 100000"),
+        (("--epochs", "999999999999999999"), "epochs is 999999999999999999: it must be from 1 to 100000"),
         (("--epochs", "1.5"), "invalid int value: '1.5'"),
         (("--learning_rate", "nan"), "learning_rate is nan: it must be from 1e-09 to 1000000.0"),
         (("--folds", "5-3"), "'5-3' is not a fold; folds are 0 to 9"),
         (("--folds", "7"), "--folds [7] have no clips"),
         (("--validation", "sometimes"), "'sometimes'"),
         (("--device", "toaster"), "device 'toaster' can't be used here"),
+        (("--device", "meta"), "device 'meta' can't be used here"),
         (("--model", "SharedAudioCNN", "--crop_frames", "20"), "SharedAudioCNN can't take 128 mel bands, 20 frames ("),
     ],
 )
