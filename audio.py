@@ -100,6 +100,10 @@ class AudioSettings:
 
 # --- Recording to samples ----------------------------------------------------------------------------------------
 
+AUDIO_SUFFIXES = {  # of the recordings that are looked for in a folder; a file that is named may be called anything
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64"),  # soundfile's
+    *(".m4a", ".aac", ".wma", ".amr", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp"),  # ffmpeg's
+}
 UNKNOWN_LENGTH = sys.maxsize  # samples; libsndfile's answer where a header has none
 MAX_HOURS = 4  # h; a longer recording is refused before memory is taken for the whole of it
 MIN_RATE, MAX_RATE = 1000, 1_000_000  # Hz of a recording
@@ -112,6 +116,11 @@ SAMPLE_BYTES = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, 
 FFMPEG_SECONDS = 60  # s without a sample after which ffmpeg has failed
 FFMPEG_INPUTS = "aac,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav,wv"
 MIN_TAIL = 0.1  # of a hop; less sound than this after the last full window gets no window of its own
+
+
+def find_audio_files(folder):
+    """Return the recordings in a folder and all folders below, by name. ._a.wav, which macOS keeps beside, is none."""
+    return sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
 
 
 def read_audio(path, sample_rate):

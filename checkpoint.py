@@ -190,7 +190,7 @@ class Run:
         """Make a state that is missing, damaged or of a different run this run's. Return the run's id."""
         what = f"the run in {self.paths.checkpoints}"
         run_ids = []
-        for fold in range(10):
+        for fold in range(utils.MAX_FOLDS):
             if checkpoint := load_newest(fold_dir(self.paths.checkpoints, fold)):
                 check_settings(checkpoint["settings"], self.settings, f"fold {fold} of {what}")
                 run_ids.append(checkpoint["run_id"])
@@ -283,7 +283,7 @@ def remove_folds(paths, folds, settings):
     UserError, and nothing is removed, if other folds stay that have different settings than the new run's, or if
     another process trains one of these.
     """
-    for fold in set(range(10)) - set(folds):
+    for fold in set(range(utils.MAX_FOLDS)) - set(folds):
         if checkpoint := load_newest(fold_dir(paths.checkpoints, fold)):
             check_settings(checkpoint["settings"], settings, f"fold {fold} in {paths.checkpoints}, which stays,")
     with contextlib.ExitStack() as locks:

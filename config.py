@@ -31,6 +31,9 @@ TOP_DB: float = 80.0  # dB; cells further below the clip's loudest cell are rais
 SHORT_CLIPS: Literal["repeat", "silence"] = "repeat"  # what fills clips under CLIP_SECONDS
 FEATURE_DTYPE: Literal["float16", "float32"] = "float16"  # float16 rounds by at most 0.03 dB, in half the memory
 
+# --- Folds of data sets that have none -----------------------------------------------------------------------------
+N_FOLDS: int = 5  # 2 to 10; groups stay together, classes are spread evenly
+
 # --- Training ----------------------------------------------------------------------------------------------------
 MODEL: str = "SharedAudioCNN"  # a name in model.py: the seed's network on four views of a clip; or "AudioCNN" on one
 EPOCHS: int = 80
@@ -40,6 +43,7 @@ SCHEDULE: Literal["one_cycle", "constant"] = "one_cycle"  # "constant" is for th
 WARMUP_SHARE: float = 0.3  # of all steps: the learning rate rises until there, then falls to zero
 WEIGHT_DECAY: float = 1e-2  # AdamW's, on every weight that is not a bias or a norm
 LABEL_SMOOTHING: float = 0.2  # 0.1 more of it cost nothing and made the probabilities better
+CLASS_WEIGHTS: Literal["none", "balanced"] = "none"  # of the loss; "balanced": rare classes count more, all the same
 BLOCK_DROPOUT: float = 0.1  # after each convolution block
 HEAD_DROPOUT: float = 0.5  # before the last linear layer
 SEED: int = 0  # of weights, order of clips, augmentation and dropout

@@ -1,6 +1,7 @@
-"""The data set's table, the processed files, folds and splits.
+"""Data sets and their tables, folds, the processed files, splits.
 
-preprocess_data.py writes the processed files and training reads them. Nothing here imports torch.
+preprocess_data.py writes the processed files and training reads them; nothing behind `read_dataset` knows the kinds of
+data sets. To add a kind: a function here that returns its table. Nothing here imports torch.
 """
 
 import contextlib
@@ -11,56 +12,258 @@ import re
 import shutil
 import warnings
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
+import config
 import utils
-from audio import AudioSettings
+from audio import AUDIO_SUFFIXES, AudioSettings, find_audio_files
 from utils import UserError
 
-# --- The data set's table ----------------------------------------------------------------------------------------
+# --- Data sets: one function for each kind, which returns one table ------------------------------------------------
 
-CLIP_COLUMNS = ["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]
-MAX_FOLD = 10
+CLIP_COLUMNS = ["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]  # UrbanSound8K's
+NEEDED_COLUMNS = ["slice_file_name", "fold", "classID", "class"]
+# Of clips.csv. A recording is a file of other data sets; a group is what has to be in one fold; start and end are s.
+KNOWN_COLUMNS = [*CLIP_COLUMNS, "recording", "group"]
 MAX_NAME = 255  # bytes of a file name
+PIECE_NUMBERS = re.compile(r"([ ._-]+\(?\d+\)?)+$|(?<=[^\W\d])\d+$")  # of dog-01, dog (3), dog12, 165645-4-1-0
 
 
-def find_dataset(folder):
+def read_dataset(folder, group_by="pieces"):
+    """Return (kind, clips) of a data set's folder: what it is, and a DataFrame with a row for each clip or recording.
+
+    Columns: NEEDED_COLUMNS and `path`; of data sets that are not UrbanSound8K also recording and group, and start and
+    end of the part that is meant (s, empty for all). group_by: "pieces" takes files that differ in a number at their
+    end as one group, where the data set names none; "file" does not. UserError names what can't be right.
+    """
+    folder = Path(folder)
+    if find_urbansound8k(folder)[0].is_file() or not folder.is_dir():
+        return "UrbanSound8K", read_urbansound8k(folder)
+    if (folder / "meta" / "esc50.csv").is_file():
+        return "ESC-50", read_esc50(folder)
+    if (folder / "metadata.csv").is_file():
+        kind, clips = "a table, metadata.csv", read_metadata_table(folder)
+    else:
+        kind, clips = "a folder for each class", read_class_folders(folder)
+    check_classes(folder, clips)
+    names = sorted(set(clips["class"]))
+    clips["classID"] = clips["class"].map(names.index)
+    if "group" not in clips:
+        clips["group"] = clips["recording"] if group_by == "file" else clips["recording"].map(piece_group)
+    if "fold" not in clips:
+        clips["fold"] = assign_folds(clips, config.N_FOLDS)
+    several = clips.groupby("group")["fold"].nunique()
+    if len(several := several[several > 1]):
+        raise UserError(f"{folder}: the group {several.index[0]!r} is in several folds: give its files one fold")
+    return kind, clips
+
+
+def find_urbansound8k(folder):
     """Return (path of UrbanSound8K.csv, folder of fold1, fold2, ...): the official layout, or Kaggle's flat one."""
     flat = folder / "UrbanSound8K.csv"
     return (flat, folder) if flat.is_file() else (folder / "metadata" / "UrbanSound8K.csv", folder / "audio")
 
 
-def read_clip_table(path):
-    """Return the rows of UrbanSound8K.csv (or clips.csv) as a DataFrame, in file order.
+def read_urbansound8k(folder):
+    """Return UrbanSound8K's clips: its own folds, fsID and salience."""
+    table, audio = find_urbansound8k(folder)
+    clips = read_clip_table(table)
+    clips["path"] = [
+        audio / f"fold{fold}" / name for fold, name in zip(clips["fold"], clips["slice_file_name"], strict=True)
+    ]
+    return clips
 
-    fold and classID are int64, all other columns text as it stands in the file. UserError names the line (as an editor
-    counts them) and what is wrong with it: a missing column, a fold outside 1 to 10, a classID with two names, a clip
-    listed twice, a file name that leaves its folder.
+
+def read_esc50(folder):
+    """Return ESC-50's clips, with its own five folds (Piczak 2015): meta/esc50.csv and audio/."""
+    path = folder / "meta" / "esc50.csv"
+    columns = {"filename": "slice_file_name", "fold": "fold", "target": "classID", "category": "class"}
+    clips = read_table(path, [*columns, "src_file"]).rename(columns=columns)
+    clips["recording"] = clips["group"] = clips["src_file"]
+    clips = check_clips(path, clips)
+    clips["path"] = [folder / "audio" / name for name in clips["slice_file_name"]]
+    return clips
+
+
+def read_metadata_table(folder):
+    """Return the recordings that metadata.csv lists: file_name, and if there label, fold, group, start and end (s).
+
+    Without labels, the first folder of file_name is the class.
     """
-    path = Path(path)
+    path = folder / "metadata.csv"
+    rows = read_table(path, ["file_name"])
+    names = rows["file_name"].str.strip()
+    check_rows(path, names, names.map(is_file_name), "is no path within the folder")
+    folders = names.map(lambda name: name.split("/")[0] if "/" in name else "")
+    labels = rows["label"].str.strip() if "label" in rows else folders
+    check_rows(path, names, labels != "", "has no label")
+    is_odd = folders.isin(set(labels)) & (folders != labels)
+    check_rows(path, names, ~is_odd, "is in the folder of a class that is not its label")
+    for column in ("start", "end"):
+        if column in rows:
+            seconds = pd.to_numeric(rows[column], errors="coerce")
+            check_rows(path, rows[column], (seconds >= 0) | (rows[column] == ""), "is no time in s")
+    clips = rows.reindex(columns=["start", "end"], fill_value="").assign(recording=names)
+    clips["class"], clips["path"] = labels, [folder / name for name in names]
+    parts = names + ("@" + clips["start"]).where(clips["start"] != "", "")
+    check_rows(path, parts, ~parts.duplicated(), "is listed already")
+    clips["slice_file_name"] = parts
+    if "group" in rows:
+        clips["group"] = rows["group"].where(rows["group"] != "", names)
+    if "fold" in rows:
+        check_rows(path, rows["fold"], rows["fold"].str.fullmatch(r"\s*\d{1,9}\s*"), "is not a whole number")
+        clips["fold"] = rows["fold"].astype(np.int64)
+        check_rows(path, rows["fold"], clips["fold"].between(1, utils.MAX_FOLDS), f"is outside 1 to {utils.MAX_FOLDS}")
+    return clips.reset_index(drop=True)
+
+
+def read_class_folders(folder):
+    """Return the recordings in <folder>/<class>/, at any depth below."""
+    rows = []
+    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._"):
+        files = find_audio_files(class_folder)
+        if not files:
+            raise UserError(
+                f"{class_folder} holds no recording ({' '.join(sorted(AUDIO_SUFFIXES))}): fill or remove it"
+            )
+        rows += [(path.relative_to(folder).as_posix(), class_folder.name, path) for path in files]
+    if not rows:
+        raise UserError(
+            f"{folder} is no data set: it needs metadata/UrbanSound8K.csv (python download_data.py fetches it), "
+            "meta/esc50.csv, metadata.csv, or a folder of recordings for each class"
+        )
+    clips = pd.DataFrame(rows, columns=["slice_file_name", "class", "path"])
+    return clips.assign(recording=clips["slice_file_name"], start="", end="")
+
+
+def check_classes(folder, clips):
+    """Raise a UserError for one class, a class in two spellings, or a class with one file."""
+    files = clips.groupby("class")["recording"].nunique()
+    if len(files) < 2:
+        raise UserError(
+            f"{folder} has one class, {files.index[0]!r}: a classifier needs two, such as a class background"
+        )
+    spellings = pd.Series(files.index, files.index.str.strip().str.lower())
+    if (twice := spellings.index.duplicated()).any():
+        one, other = spellings[spellings.index[twice][0]].tolist()[:2]
+        raise UserError(f"{folder} has the classes {one!r} and {other!r}: is it one class in two spellings? Rename one")
+    if files.min() < 2:
+        raise UserError(
+            f"{folder}: the class {files.idxmin()!r} has one file: one tests what others trained, so add more"
+        )
+
+
+def piece_group(recording):
+    """Return the group of a recording: its path without the numbers at its end; those of one stem may be its pieces."""
+    path = PurePosixPath(recording)
+    return str(path.with_name(PIECE_NUMBERS.sub("", path.stem) or path.stem))
+
+
+def assign_folds(clips, n_folds):
+    """Return folds from 1 to n_folds, (clips,): groups stay together, classes are spread evenly. The same everywhere.
+
+    UserError for a class in one group, which would be tested by a network that has never heard it.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold  # takes a second to import
+
+    groups = clips.groupby("class")["group"].nunique()
+    remedy = "add recordings, name groups in metadata.csv, or use --group_by file if the files are independent"
+    if groups.min() < 2:
+        raise UserError(f"the files of class {groups.idxmin()!r} are one group, which is in one fold: {remedy}")
+    if groups.max() < n_folds:
+        raise UserError(
+            f"no class has as many groups as there are folds, {n_folds}: lower N_FOLDS (config.py), or {remedy}"
+        )
+    if groups.min() < n_folds:
+        few = ", ".join(groups[groups < n_folds].index)
+        print(f"note: {few}: fewer groups than the {n_folds} folds, so some folds do not test them; {remedy}")
+    folds = np.zeros(len(clips), np.int64)
+    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
+    with warnings.catch_warnings(action="ignore"):  # of classes with few clips
+        for fold, (_, test) in enumerate(splitter.split(clips, clips["classID"], clips["group"]), start=1):
+            folds[test] = fold
+    return folds
+
+
+# --- The same sound twice ------------------------------------------------------------------------------------------
+
+SAME_SOUND = 0.96  # correlation of two clips: in 2,148 real clips no two of different recordings come above 0.951
+COARSE = 4  # mel bands, and frames, whose mean is one cell of what is compared
+COMPARED_ROWS = 2048  # clips that are compared with all others at a time: bounds the memory
+
+
+def find_same_sounds(features, clips):
+    """Return [(clip, clip of a different group)], file names: clips whose sound is the same, exactly or nearly.
+
+    features: (clips, n_mels, n_frames) in dB. Such as one recording exported twice: where the two are in different
+    folds, what is tested has been trained on.
+    """
+    coarse = np.stack([coarse_shape(clip) for clip in features])  # (clips, cells)
+    groups, names = clips["group"].to_numpy(), clips["slice_file_name"].to_numpy()
+    found = []
+    for start in range(0, len(coarse), COMPARED_ROWS):
+        similarity = coarse[start : start + COMPARED_ROWS] @ coarse[start:].T  # (rows, clips from `start` on)
+        for row, column in np.argwhere(np.triu(similarity > SAME_SOUND, k=1)) + start:
+            if groups[row] != groups[column]:
+                found.append((names[row], names[column]))
+    return found
+
+
+def coarse_shape(clip):
+    """Return how a clip's log-mel changes over time, (cells,): means of COARSE x COARSE cells, with length 1.
+
+    Less each band's mean, since steady sounds of one kind have much the same spectrum, and never the same changes.
+    """
+    n_mels, n_frames = (size // COARSE * COARSE for size in clip.shape)
+    cells = clip[:n_mels, :n_frames].astype(np.float32).reshape(n_mels // COARSE, COARSE, -1, COARSE).mean(axis=(1, 3))
+    cells = (cells - cells.mean(axis=1, keepdims=True)).ravel()  # (n_mels / 4, n_frames / 4) -> (cells,)
+    return cells / max(np.linalg.norm(cells), 1e-6)
+
+
+# --- Tables ------------------------------------------------------------------------------------------------------
+
+
+def read_table(path, columns):
+    """Return a CSV file's rows as a DataFrame of text, without blank lines. UserError if it lacks one of `columns`."""
     if not path.is_file():
         raise UserError(f"no metadata at {path}: run python download_data.py, or name the data set's folder")
     try:
         options = {"keep_default_na": False, "index_col": False, "skip_blank_lines": False}  # so that lines count
         with warnings.catch_warnings(action="error"):  # of a first row with more columns than the header
-            clips = pd.read_csv(path, dtype=object, encoding="utf-8-sig", **options)
+            rows = pd.read_csv(path, dtype=object, encoding="utf-8-sig", **options)
     except (ValueError, pd.errors.ParserWarning) as error:
         reason = utils.one_line(error)
         raise UserError(f"{path} is not a table of comma-separated values in UTF-8 ({reason}): get it again") from error
-    if missing := [column for column in CLIP_COLUMNS if column not in clips]:
-        raise UserError(f"{path} lacks the column {', '.join(missing)}: it must have {', '.join(CLIP_COLUMNS)}")
-    clips = clips[(clips != "").any(axis=1)]  # without blank lines
-    if clips.empty:
+    if missing := [column for column in columns if column not in rows]:
+        raise UserError(f"{path} lacks the column {', '.join(missing)}: it must have {', '.join(columns)}")
+    rows = rows[(rows != "").any(axis=1)].copy()
+    if rows.empty:
         raise UserError(f"{path} lists no clips: get it again")
+    return rows
+
+
+def read_clip_table(path):
+    """Return the rows of UrbanSound8K.csv or clips.csv as a DataFrame of those of KNOWN_COLUMNS that it has."""
+    path = Path(path)
+    return check_clips(path, read_table(path, NEEDED_COLUMNS))
+
+
+def check_clips(path, clips):
+    """Return a table's clips, in file order: fold and classID are int64, all other columns text as in the file.
+
+    UserError names the line (as an editor counts them) and what is wrong with it: a fold outside 1 to 10, a classID
+    with two names, a clip listed twice, a file name that leaves its folder.
+    """
+    clips = clips[[column for column in KNOWN_COLUMNS if column in clips]].copy()
     for column in ("fold", "classID"):
         check_rows(path, clips[column], clips[column].str.fullmatch(r"\s*\d{1,9}\s*"), "is not a whole number")
         clips[column] = clips[column].astype(np.int64)
-    check_rows(path, clips["fold"], clips["fold"].between(1, MAX_FOLD), f"is outside 1 to {MAX_FOLD}")
+    check_rows(path, clips["fold"], clips["fold"].between(1, utils.MAX_FOLDS), f"is outside 1 to {utils.MAX_FOLDS}")
     names = clips["slice_file_name"]
-    check_rows(path, names, names.map(is_file_name), "is not a plain file name")
+    check_rows(path, names, names.map(is_file_name), "is no path within the folder")
     check_rows(path, names, ~names.duplicated(), "is listed already")
     check_rows(path, clips["class"], clips["class"].map(lambda name: bool(name) and name.isprintable()), "is no name")
     for key, column in (("classID", "class"), ("class", "classID")):
@@ -78,13 +281,20 @@ def check_rows(path, column, is_right, fault):
 
 
 def is_file_name(name):
-    """Return whether a text is the plain name of a file, which can't leave its folder."""
-    return name not in ("", ".", "..") and not re.search(r"[/\\\x00-\x1f]", name) and len(name.encode()) <= MAX_NAME
+    """Return whether a text is a file's path within a folder, which can't leave it."""
+    parts = name.split("/")
+    is_plain = not re.search(r"[\\\x00-\x1f]", name) and not {"", ".", ".."} & set(parts)
+    return is_plain and all(len(part.encode(errors="replace")) <= MAX_NAME for part in parts)
 
 
 def table_text(clips):
     """Return the content of clips.csv."""
-    return clips[CLIP_COLUMNS].to_csv(index=False, lineterminator="\n")
+    return clips[[column for column in KNOWN_COLUMNS if column in clips]].to_csv(index=False, lineterminator="\n")
+
+
+def listing_digest(clips):
+    """Return a short hash of a data set's table, by which preprocessing knows what it has done already."""
+    return hashlib.blake2b(table_text(clips).encode(errors="replace"), digest_size=8).hexdigest()
 
 
 def class_mapping(clips):
@@ -163,8 +373,11 @@ def features_writer(folder, audio):
     return utils.array_writer(folder / "features.pkl", audio.shape, audio.feature_dtype)
 
 
-def save_tables(folder, clips, audio, source, left_out):
-    """Write the other processed files beside a new features.pkl; the arguments are those of `save_processed`."""
+def save_tables(folder, clips, audio, source, left_out, listing=None):
+    """Write the other processed files beside a new features.pkl; the arguments are those of `save_processed`.
+
+    listing: `listing_digest` of the recordings that the clips were cut from.
+    """
     features = utils.load_pickle(folder / "features.pkl", memory_map=True)
     labels, folds = (clips[column].to_numpy(np.int64) for column in ("classID", "fold"))
     utils.save_pickle(folder / "labels.pkl", labels)
@@ -179,6 +392,7 @@ def save_tables(folder, clips, audio, source, left_out):
         "source": source,
         "left_out": list(left_out),
         "fingerprint": fingerprint(features, labels, folds),
+        "listing": listing,
     }
     utils.save_json(folder / "features.json", info)
 

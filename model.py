@@ -195,7 +195,7 @@ def model_path(model_dir, fold):
 
 def folds_in(model_dir):
     """Return the 0-indexed folds whose models are in a folder."""
-    return [fold for fold in range(10) if model_path(model_dir, fold).is_file()]
+    return [fold for fold in range(utils.MAX_FOLDS) if model_path(model_dir, fold).is_file()]
 
 
 def find_model(model_dir, fold):

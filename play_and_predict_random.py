@@ -29,7 +29,7 @@ def parse_args():
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("--class_name", metavar="NAME", help="clips of this class alone, such as dog_bark")
-    add("--fold", type=int, choices=range(10), metavar="N", help="clips of this fold alone, 0 to 9")
+    add("--fold", type=int, choices=range(utils.MAX_FOLDS), metavar="N", help="clips of this fold alone, 0 to 9")
     add("--count", type=utils.positive_int, default=1, metavar="N", help="clips to play (default: 1)")
     add("--seed", type=int, help="a number that gives the same clips again")
     add("--no_play", action="store_true", help="predict without playing")
@@ -73,7 +73,7 @@ def play(samples, rate):
         print(f"not played: {error}")
 
 
-def present(clip, audio_dir, model_dir, is_silent):
+def present(clip, model_dir, is_silent):
     """Play one clip, print bars and truth, and return whether the answer is right."""
     fold = int(clip["fold"]) - 1
     path = find_model(model_dir, fold)
@@ -81,9 +81,8 @@ def present(clip, audio_dir, model_dir, is_silent):
     if fold + 1 in info.get("training_folds", []):
         raise UserError(f"{path} has trained on clips of fold {fold}: python train.py --folds {fold} makes its model")
     rate = info["audio"]["sample_rate"]
-    file = audio_dir / f"fold{fold + 1}" / clip["slice_file_name"]
-    samples = read_audio(file, rate)  # (n,)
-    print(f"{file.name} ({len(samples) / rate:.2f} s) of fold {fold}, {path.name}")
+    samples = read_audio(clip["path"], rate)  # (n,)
+    print(f"{clip['path'].name} ({len(samples) / rate:.2f} s) of fold {fold}, {path.name}")
     if not is_silent:
         play(samples, rate)
     probabilities = predict.predict(network, info, samples)  # (classes,)
@@ -97,15 +96,14 @@ def main():
     args = parse_args()
     data_dir = utils.folder(args.data_dir, args.assets_dir, config.DATASET_DIR)
     model_dir = utils.run_folders(args).models
-    table, audio_dir = data_loader.find_dataset(data_dir)
-    clips = data_loader.read_clip_table(table)
+    _, clips = data_loader.read_dataset(data_dir)
     clips = keep_testable(choose_clips(clips, args.class_name, args.fold), model_dir)
     if args.count > len(clips):
         print(f"there are {len(clips)} such clips, not {args.count}")
     chosen = random.Random(args.seed).sample(range(len(clips)), min(args.count, len(clips)))
     n_right = 0
     for n, row in enumerate(chosen, start=1):
-        n_right += present(clips.iloc[row], audio_dir, model_dir, args.no_play)
+        n_right += present(clips.iloc[row], model_dir, args.no_play)
         if args.count > 1:
             print(f"score: {n_right} of {n} right ({n_right / n:.0%})\n")
 

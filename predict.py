@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from audio import AudioSettings, clip_features, duration, stream_audio, windows
+from audio import AUDIO_SUFFIXES, AudioSettings, clip_features, duration, find_audio_files, stream_audio, windows
 from model import find_model, folds_in, load_model
 from reports import answers
 from reports.answers import Answer
@@ -45,10 +45,6 @@ from utils import UserError
 VALUES_AT_ONCE = 180_000  # features in one pass of the network: 8 windows; more are no faster and take more memory
 OUTPUTS = {"labels": ".txt", "plot": ".png", "explain": ".why.png"}  # flags that write a file for each recording
 MAX_NAME = 200  # bytes of a file name that is made from a recording's
-SUFFIXES = {  # of the recordings that are looked for in a folder; a file that is named may be called anything
-    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64"),  # soundfile's
-    *(".m4a", ".aac", ".wma", ".amr", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".3gp"),  # ffmpeg's
-}
 
 # --- What to predict, and with which models ----------------------------------------------------------------------
 
@@ -86,17 +82,16 @@ def fold_or_all(text):
 def find_recordings(names):
     """Return the files that names, folders and patterns stand for, in order, each once; - stays as it is.
 
-    What macOS keeps beside a file on other disks, as ._a.wav, is no recording.
-
     UserError for a folder without recordings and a pattern without files. Any other name is checked when it is opened.
     """
     found = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            files = find_audio_files(path)
             if not files:
-                raise UserError(f"no recordings in {path}: their names must end in one of {' '.join(sorted(SUFFIXES))}")
+                suffixes = " ".join(sorted(AUDIO_SUFFIXES))
+                raise UserError(f"no recordings in {path}: their names must end in one of {suffixes}")
         elif glob.has_magic(name) and not path.exists():
             files = sorted(file for file in map(Path, glob.glob(name, recursive=True)) if file.is_file())
             if not files:

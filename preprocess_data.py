@@ -1,11 +1,13 @@
-"""Stage 2: turn the data set's clips into log-mel spectrograms, and store them as pickles for training.
+"""Stage 2: turn a data set's clips into log-mel spectrograms, and store them as pickles for training.
 
     python preprocess_data.py                     # <assets>/data/UrbanSound8K -> <assets>/data
-    python preprocess_data.py --data_dir ~/UrbanSound8K --workers 8
+    python preprocess_data.py --data_dir my_sounds --assets_dir ../assets/mine    # your own: a folder for each class
 
-Prints a progress bar, the clips per fold and class, and what was written. Running it again does nothing while the
-files are there and fit config.py's audio settings. A clip that is missing or can't be decoded is named and stops the
-run before anything is written, unless --allow_missing leaves such clips out.
+Prints what kind of data set it found, a progress bar, the clips per fold and class, and what was written. Running it
+again does nothing while the files are there and fit config.py's audio settings. A clip that is missing or can't be
+decoded is named and stops the run before anything is written, unless --allow_missing leaves such clips out.
+
+A data set is UrbanSound8K, ESC-50, a table (metadata.csv) or a folder for each class: see data_loader.py.
 """
 
 import collections
@@ -17,18 +19,22 @@ import sys
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import config
 import utils
-from audio import AudioSettings, clip_features, read_audio
+from audio import AudioSettings, clip_features, read_audio, stream_audio, windows
 from utils import UserError
 
 if __name__ != "__mp_main__":  # the worker processes import this file too, and start faster without pandas
     import data_loader
 
 CLIPS_PER_TASK = 8  # clips a worker takes at a time: enough to make messages cheap, few enough to stop quickly
+SHOWN = 10  # pairs of clips that are named
+SILENCE = 1e-3  # of a recording's peak (-60 dB): quieter windows at its ends make no clips
 TASKS_AHEAD = 4  # per worker, of the result that is next: few enough that memory does not grow with the data
 
 
@@ -37,6 +43,7 @@ def parse_args():
     add = parser.add_argument
     add("--data_dir", metavar="DIR", help=f"the data set (default: {config.DATASET_DIR} in the assets)")
     add("--output_dir", metavar="DIR", help="processed files (default: data/ in the assets)")
+    add("--group_by", choices=("pieces", "file"), default="pieces", help="see `read_dataset` (default: pieces)")
     add("--workers", type=utils.positive_int, default=config.WORKERS, help="processes (default: one a core)")
     add("--overwrite", action="store_true", help="make the files again, whatever is there")
     add("--allow_missing", action="store_true", help="leave out clips that are missing or unreadable")
@@ -46,24 +53,24 @@ def parse_args():
 # --- Worker processes --------------------------------------------------------------------------------------------
 
 
-def process_clips(paths, audio, workers):
-    """Yield (features (n_mels, n_frames), None) of each clip, or (None, the reason) if it can't be read, in order.
+def process_clips(tasks, audio, workers):
+    """Yield the clips of each recording, in order: a list of (start in s, end in s, features), or why it has none.
 
-    The same bits for any number of `workers`. UserError if one of them is killed.
+    tasks: [(path, what to cut)], see `cut_recording`. The same bits for any number of `workers`. UserError if one of
+    them is killed.
     """
-    groups = [paths[start : start + CLIPS_PER_TASK] for start in range(0, len(paths), CLIPS_PER_TASK)]
+    groups = [tasks[start : start + CLIPS_PER_TASK] for start in range(0, len(tasks), CLIPS_PER_TASK)]
     if len(groups) <= 1:  # done before a worker has started
-        yield from process_group(paths, audio)
+        yield from process_group(tasks, audio)
         return
-    pool = start_pool(min(workers, len(groups)))
-    tasks = collections.deque()
+    pool, ahead = start_pool(min(workers, len(groups))), collections.deque()
     try:
         for group in groups:
-            tasks.append(pool.submit(process_group, group, audio))
-            if len(tasks) > TASKS_AHEAD * workers:
-                yield from tasks.popleft().result()
-        while tasks:
-            yield from tasks.popleft().result()
+            ahead.append(pool.submit(process_group, group, audio))
+            if len(ahead) > TASKS_AHEAD * workers:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
             f"a worker process was killed, out of memory perhaps: try fewer than --workers {workers}"
@@ -72,15 +79,48 @@ def process_clips(paths, audio, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def process_group(paths, audio):
-    """Return the results of a few clips: see `process_clips`."""
+def process_group(tasks, audio):
+    """Return the results of a few recordings: see `process_clips`."""
     results = []
-    for path in paths:
+    for path, part in tasks:
         try:
-            results.append((clip_features(read_audio(path, audio.sample_rate), audio), None))
+            results.append(cut_recording(path, part, audio))
         except UserError as error:
-            results.append((None, str(error)))
+            results.append(str(error))
     return results
+
+
+def cut_recording(path, part, audio):
+    """Return the clips of a recording, [(start in s, end in s, features (n_mels, n_frames))].
+
+    part: None for one clip, its beginning; (start, end) in s, as text or "", for windows of a clip's length that
+    overlap by half, without the silence at the ends. UserError if it can't be read, or is silent.
+    """
+    if part is None:
+        return [(None, None, clip_features(read_audio(path, audio.sample_rate), audio))]
+    rate, length = audio.sample_rate, audio.clip_samples
+    first = round(float(part[0] or 0) * rate)
+    last = round(float(part[1]) * rate) if part[1] else None
+    clips, peaks = [], []
+    for start, samples in windows(section(stream_audio(path, rate), first, last), length, max(length // 2, 1)):
+        if not len(samples):
+            raise UserError(f"{path} has no sound from {part[0] or 0} s on: correct its start")
+        peaks.append(np.abs(samples).max())
+        clips.append(((first + start) / rate, (first + start + len(samples)) / rate, clip_features(samples, audio)))
+    is_loud = np.flatnonzero(np.array(peaks) > SILENCE * max(peaks))
+    if not len(is_loud):
+        raise UserError(f"{path} is silent: every sample is zero. Record it again, or remove it")
+    return clips[is_loud[0] : is_loud[-1] + 1]
+
+
+def section(blocks, first, last):
+    """Yield the samples from index `first` to before `last` (None: to the end) of a recording's blocks."""
+    position = 0
+    for block in blocks:
+        yield block[max(first - position, 0) : None if last is None else max(last - position, 0)]
+        position += len(block)
+        if last is not None and position >= last:
+            return
 
 
 def start_pool(workers):
@@ -113,7 +153,8 @@ def main():
     args = parse_args()
     data_dir = utils.folder(args.data_dir, args.assets_dir, config.DATASET_DIR)
     output_dir = utils.folder(args.output_dir, args.assets_dir, config.PROCESSED_DIR)
-    clips = data_loader.read_clip_table(data_loader.find_dataset(data_dir)[0])
+    kind, clips = data_loader.read_dataset(data_dir, args.group_by)
+    print_found(data_dir, kind, clips)
     with utils.only_one(output_dir, "preprocess_data.py"):
         data_loader.install(output_dir / "new", output_dir)  # what a kill has cut short
         if not args.overwrite and (stored := clips_stored(output_dir, clips, args.allow_missing)):
@@ -127,51 +168,61 @@ def main():
         hub.upload_processed(output_dir, config.HF_REPO_ID)
 
 
+def print_found(data_dir, kind, clips):
+    """Print what kind of data set a folder holds, and how its folds were made."""
+    n_classes, n_folds = clips["class"].nunique(), clips["fold"].nunique()
+    print(f"{data_dir}: {kind}, {len(clips)} recordings, {n_classes} classes, {n_folds} folds")
+    if "group" in clips:
+        groups = clips.groupby("group").size()
+        together = groups[groups > 1]
+        if len(together):
+            example = together.index[0]
+            print(f"{together.sum()} of them are in {len(together)} groups that stay in one fold, such as {example}")
+
+
 def clips_stored(output_dir, clips, allow_missing):
-    """Return how many clips' features output_dir holds, if they are these clips'; else 0.
+    """Return how many clips' features output_dir holds, if they are of these recordings; else 0.
 
     UserError if it holds different ones, or features of different settings: the user decides.
     """
     if not all((output_dir / name).is_file() for name in data_loader.PROCESSED_FILES):
         return 0
-    info = data_loader.read_info(output_dir)
-    data_loader.check_audio_settings(info["audio"])
-    left_out = info["left_out"] if allow_missing else []
-    # The lines of both tables, as clips.csv has them, below the header.
-    listed = data_loader.table_text(clips[~clips["slice_file_name"].isin(left_out)]).splitlines()[1:]
-    stored = (output_dir / "clips.csv").read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-    if stored == listed:
-        return len(stored)
-    new = len(set(listed) - set(stored))
-    raise UserError(
-        f"{output_dir} holds {len(stored)} clips and the data set lists {len(listed)}, {new} of them new or changed: "
-        "run with --overwrite to make the files again, or with a different --output_dir"
-    )
+    info = data_loader.load_processed(output_dir).info  # with its checks
+    what = f"{output_dir} holds {info.get('clips')} clips of a different list of files, classes and folds"
+    if info.get("listing") == data_loader.listing_digest(clips):
+        if allow_missing or not info["left_out"]:
+            return info["clips"]
+        what = (
+            f"{output_dir} lacks {len(info['left_out'])} clips that could not be read (--allow_missing leaves them out)"
+        )
+    raise UserError(f"{what}: run with --overwrite to make the files again, or with a different --output_dir")
 
 
 def preprocess(clips, data_dir, output_dir, args):
     """Make the processed files of `clips` and print what is in them."""
     audio = AudioSettings()
-    places = "fold" + clips["fold"].astype(str) + "/" + clips["slice_file_name"]
-    paths = [data_loader.find_dataset(data_dir)[1] / place for place in places]
-    report_oddities(data_dir, clips, paths)
+    listing = data_loader.listing_digest(clips)
+    report_oddities(data_dir, clips)
     start = time.perf_counter()
-    left_out = {path.name: "no such file" for path in paths if not path.is_file()}
+    names = clips["slice_file_name"]
+    is_missing = ~clips["path"].map(Path.is_file)
+    left_out = dict.fromkeys(names[is_missing], "no such file")
     report_left_out(left_out, args.allow_missing)
-    paths = [path for path in paths if path.name not in left_out]
+    clips = clips[~is_missing]
     try:
         with data_loader.replacing(output_dir) as new:
-            unreadable = write_features(new, paths, audio, args.workers)
-            report_left_out(unreadable, args.allow_missing)
+            clips, unreadable = write_features(new, clips, audio, args.workers)
             left_out |= unreadable
-            if len(left_out) == len(clips):
+            report_left_out(unreadable, args.allow_missing)
+            if clips.empty:
                 raise UserError(f"no clip of {data_dir} could be read: run python download_data.py --force")
-            clips = clips[~clips["slice_file_name"].isin(left_out)].reset_index(drop=True)
-            data_loader.save_tables(new, clips, audio, data_dir.resolve().name, sorted(left_out))
+            data_loader.save_tables(new, clips, audio, data_dir.resolve().name, sorted(left_out), listing)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("Stopped. Nothing was changed; the same command starts again.") from None
     seconds = time.perf_counter() - start
     print_counts(clips)
+    if "group" in clips:
+        report_same_sounds(output_dir, clips)
     print(
         f"{len(clips)} clips in {seconds:.1f} s ({len(clips) / seconds:.0f} clips/s)"
         + (f", {len(left_out)} left out" if left_out else "")
@@ -180,17 +231,31 @@ def preprocess(clips, data_dir, output_dir, args):
     )
 
 
-def write_features(folder, paths, audio, workers):
-    """Write features.pkl of those recordings that can be read. Return {file name: reason} of the others."""
-    unreadable = {}
+def write_features(folder, recordings, audio, workers):
+    """Write features.pkl. Return (clips, {name: reason} of the recordings that can't be read).
+
+    clips: a row of `recordings` for each clip, in the order of the features.
+    """
+    is_whole = "recording" not in recordings or "start" not in recordings  # UrbanSound8K's and ESC-50's are clips
+    parts = [None] * len(recordings) if is_whole else zip(recordings["start"], recordings["end"], strict=True)
+    tasks = list(zip(recordings["path"], parts, strict=True))
+    rows, starts, ends, unreadable = [], [], [], {}
     with data_loader.features_writer(folder, audio) as append:
-        results = tqdm(process_clips(paths, audio, workers), "log-mel", len(paths), unit="clip", disable=None)
-        for path, (features, reason) in zip(paths, results, strict=True):
-            if reason:
-                unreadable[path.name] = reason
-            else:
+        results = tqdm(process_clips(tasks, audio, workers), "log-mel", len(tasks), unit="file", disable=None)
+        for row, found in enumerate(results):
+            if isinstance(found, str):
+                unreadable[recordings["slice_file_name"].iloc[row]] = found
+                continue
+            for start, end, features in found:
                 append(features[None])  # (1, n_mels, n_frames)
-    return unreadable
+                rows.append(row)
+                starts.append(start)
+                ends.append(end)
+    clips = recordings.iloc[rows].reset_index(drop=True)
+    if not is_whole:
+        names = clips["recording"] + [f"@{start:.2f}" for start in starts]
+        clips = clips.assign(slice_file_name=names, start=np.round(starts, 3), end=np.round(ends, 3))
+    return clips, unreadable
 
 
 def report_left_out(left_out, allow_missing):
@@ -204,13 +269,30 @@ def report_left_out(left_out, allow_missing):
         )
 
 
-def report_oddities(data_dir, clips, paths):
-    """Print what is worth knowing about a data set, the table and paths of its clips, and is left as it is."""
-    if extra := len(set(data_dir.glob("audio/fold*/*.wav")).difference(paths)):
+def report_oddities(data_dir, clips):
+    """Print what is worth knowing about UrbanSound8K's table and files, and is left as it is."""
+    if extra := len(set(data_dir.glob("audio/fold*/*.wav")).difference(clips["path"])):
         print(f"{extra} WAV files that the metadata does not list are ignored")
+    if "fsID" not in clips:
+        return
     folds_of = clips.groupby("fsID")["fold"].nunique()
     if len(straddling := sorted(folds_of.index[folds_of > 1])):
         print(f"recordings with clips in more than one fold, as the data set has them: {', '.join(straddling)}")
+
+
+def report_same_sounds(output_dir, clips):
+    """Name on stderr the clips of different groups that sound the same, and the remedy."""
+    features = utils.load_pickle(output_dir / "features.pkl", memory_map=True)
+    found = data_loader.find_same_sounds(features, clips)
+    for one, other in found[:SHOWN]:
+        print(f"warning: {one} and {other} sound the same and are in different groups", file=sys.stderr)
+    if found:
+        more = f"{len(found) - SHOWN} more pairs like these. " if len(found) > SHOWN else ""
+        print(
+            f"warning: {more}If one is tested by a network that trained on the other, the score flatters: remove one, "
+            "or give both the same group in metadata.csv",
+            file=sys.stderr,
+        )
 
 
 def print_counts(clips):

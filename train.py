@@ -63,7 +63,12 @@ RANGES = {
     "seed": (0, 2**63),
     **augment.RANGES,
 }
-CHOICES = {"model": tuple(model.MODELS), "schedule": None, "validation": None}  # None: as config.py annotates it
+CHOICES = {  # None: as config.py annotates it
+    "model": tuple(model.MODELS),
+    "schedule": None,
+    "class_weights": None,
+    "validation": None,
+}
 NOT_FLAGS = {"warmup_share", "block_dropout", "head_dropout"}
 
 
@@ -143,16 +148,29 @@ def learning_rate_at(step, total_steps, settings):
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def train_step(network, optimizer, inputs, targets, settings):
+def class_weights(targets, settings):
+    """Return the weight of each class in the loss, (classes,), or None where all are 1.
+
+    targets: (clips, classes) one-hot, of the training clips. "balanced" is clips / (classes * clips of the class), so
+    that each class has the same share of the loss; King and Zeng 2001, and scikit-learn's class_weight.
+    """
+    if settings["class_weights"] == "none":
+        return None
+    counts = targets.sum(dim=0)  # (classes,)
+    return counts.sum() / (len(counts) * counts.clamp(min=1))
+
+
+def train_step(network, optimizer, inputs, targets, settings, weights=None):
     """Adjust the weights to one batch and return its (mean loss, logits (B, classes)), without waiting for the device.
 
-    inputs: (B, n_mels, frames) float32 in dB; targets: (B, classes) soft. Each view of an example has its own loss.
+    inputs: (B, n_mels, frames) float32 in dB; targets: (B, classes) soft; weights: see `class_weights`. Each view of an
+    example has its own loss.
     """
     with utils.autocast(inputs.device, settings["precision"]):
         logits = network.view_logits(inputs).float()  # (B, views, classes)
     view_targets = targets.unsqueeze(1).expand_as(logits)  # (B, views, classes)
     smoothing = settings["label_smoothing"]
-    loss = cross_entropy(logits.flatten(0, 1), view_targets.flatten(0, 1), label_smoothing=smoothing)
+    loss = cross_entropy(logits.flatten(0, 1), view_targets.flatten(0, 1), weights, label_smoothing=smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -173,6 +191,8 @@ def train_epoch(fold, epoch, settings):
     seed_parts = settings["seed"], fold.number, epoch
     plan = augment.plan_epoch(fold.training, features.shape[1:], settings, seed_parts, features.device)
     statistics = network.band_mean.to(features.device), network.band_std.to(features.device)
+    weights = class_weights(fold.targets[torch.from_numpy(fold.training).to(features.device)], settings)
+    weights = None if weights is None else weights.to(fold.device)
     torch.manual_seed(utils.derive_seed("dropout", *seed_parts))
     network.train()
     losses, correct, rates = [], [], []
@@ -183,7 +203,7 @@ def train_epoch(fold, epoch, settings):
             group["lr"] = rates[-1]
         examples = augment.training_batch(features, fold.targets, statistics, plan[batch], settings)
         inputs, targets = (tensor.to(fold.device, non_blocking=True) for tensor in examples)
-        loss, logits = train_step(network, optimizer, inputs, targets, settings)
+        loss, logits = train_step(network, optimizer, inputs, targets, settings, weights)
         losses.append(loss * len(inputs))
         correct.append((logits.argmax(1) == targets.argmax(1)).sum())
     losses = torch.stack(losses).tolist()  # the epoch's one wait for the device
@@ -417,7 +437,7 @@ def main():
         raise UserError(f"--folds {absent} have no clips in {paths.processed}; the folds present are {present}")
     settings = training_settings(args, data)
     if args.fresh:
-        start_again(paths, args.folds or range(10), settings)  # 10: the earlier run may have had more folds
+        start_again(paths, args.folds or range(utils.MAX_FOLDS), settings)  # also folds that are gone
     run = checkpoint.Run(paths, settings, folds)
     with events.Services(args.assets_dir, paths, data, run) as services:
         try:

@@ -44,6 +44,7 @@ class UserError(Exception):
 # --- Command lines -----------------------------------------------------------------------------------------------
 
 
+MAX_FOLDS = 10  # of a data set: fold numbers have one digit, 0 to 9
 REMEDIES = {  # for what a disk or a path answers
     errno.ENOSPC: "make room on the disk, or name a folder on another with --assets_dir",
     errno.EDQUOT: "your disk quota is used up: make room, or name another folder with --assets_dir",

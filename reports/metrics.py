@@ -278,7 +278,8 @@ def summarise(predictions, run):
     accuracies = [row["accuracy"] for row in per_fold]
     std, interval = spread(accuracies)
     clips, protocol = predictions.clips, run.get("validation")
-    salience = np.full(len(true), "") if clips is None else clips.loc[predictions.names, "salience"].to_numpy(str)
+    has_salience = clips is not None and "salience" in clips
+    salience = clips.loc[predictions.names, "salience"].to_numpy(str) if has_salience else np.full(len(true), "")
     by_salience = pd.Series(correct).groupby(salience).mean().to_dict()
     return {
         "protocol": protocol,
@@ -324,11 +325,11 @@ def summarise_confidence(predictions, temperatures):
 def summarise_errors(predictions):
     """Return {"worst_confusions", "recordings"}: where the errors are.
 
-    worst_confusions: the most frequent, each with the clips that were mistaken most confidently. recordings (fsID, that
-    the clips were cut from): their count, the mean of the share of right clips, and those with most errors, since clips
-    of one recording are alike and tend to be right or wrong together; None where there is no clips.csv.
+    worst_confusions: the most frequent, each with the clips that were mistaken most confidently. recordings (files, or
+    UrbanSound8K's fsID): their count, the share that is right by the mean of its clips' distributions, and those with
+    most errors, since clips of one recording are alike; None where there is no clips.csv.
     """
-    names = np.array(predictions.class_names)
+    names, has_clips = np.array(predictions.class_names), predictions.clips is not None
     clips = pd.DataFrame({"true": names[predictions.true], "predicted": names[predictions.predicted]})
     clips["examples"], clips["confidence"] = predictions.names, predictions.probabilities.max(axis=1)
     clips["is_wrong"] = clips["true"] != clips["predicted"]
@@ -340,13 +341,16 @@ def summarise_errors(predictions):
     confusions["examples"] = confusions["examples"].str[:EXAMPLES_LISTED]
     worst = confusions.sort_values("clips", ascending=False, kind="stable").head(CONFUSIONS_LISTED)
     errors = {"worst_confusions": worst.to_dict("records"), "recordings": None}
-    if predictions.clips is not None:
-        clips["recording"] = predictions.clips.loc[predictions.names, "fsID"].to_numpy(str)
-        recordings = clips.groupby(["recording", "true"])["is_wrong"].agg(clips="size", wrong="sum").reset_index()
+    column = next((name for name in ("recording", "fsID") if name in (predictions.clips if has_clips else ())), None)
+    if column:
+        clips["recording"] = predictions.clips.loc[predictions.names, column].to_numpy(str)
+        grouped = clips.groupby(["recording", "true"])
+        recordings = grouped["is_wrong"].agg(clips="size", wrong="sum").reset_index()
+        means = pd.DataFrame(predictions.probabilities).groupby(grouped.ngroup().to_numpy()).mean()  # of each recording
         worst = recordings[recordings["wrong"] > 0].sort_values("wrong", ascending=False, kind="stable")
         errors["recordings"] = {
             "count": len(recordings),
-            "accuracy": float(1 - (recordings["wrong"] / recordings["clips"]).mean()),
+            "accuracy": float((names[means.to_numpy().argmax(axis=1)] == recordings["true"]).mean()),
             "most_errors": worst.head(RECORDINGS_LISTED).to_dict("records"),
         }
     return errors

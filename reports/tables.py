@@ -108,14 +108,14 @@ def folds_table(results):
 
 
 def summary_line(results):
-    """Return the result in a line: accuracy, its spread over folds, the protocol."""
+    """Return the result in a line: accuracy, its spread over folds, macro F1, the protocol."""
     mean, std, interval = (results[f"accuracy_{name}"] for name in ("mean", "std", "interval_95"))
-    protocol = f"protocol {results['protocol'] or 'not recorded'}"
+    rest = f"macro F1 {percent(results['macro_f1'])}, protocol {results['protocol'] or 'not recorded'}"
     if std is None:
-        return titled(f"accuracy {percent(mean)} (one fold, so no spread), {protocol}", results)
+        return titled(f"accuracy {percent(mean)} (one fold, so no spread), {rest}", results)
     low, high = (percent(limit, unit="") for limit in interval)
     spread = f"mean ± standard deviation of {results['folds_present']} folds; 95 % interval {low} to {high}"
-    return titled(f"accuracy {percent(mean)} ± {percent(std, unit='')} ({spread}), {protocol}", results)
+    return titled(f"accuracy {percent(mean)} ± {percent(std, unit='')} ({spread}), {rest}", results)
 
 
 def coverage(results):
@@ -130,13 +130,15 @@ def coverage(results):
 
 def report_text(results):
     """Return report.md."""
+    foreground, background = (percent(results[f"{part}_accuracy"]) for part in ("foreground", "background"))
+    has_salience = results["foreground_accuracy"] is not None
+    salience = f"; accuracy in the foreground {foreground}, background {background}" if has_salience else ""
     introduction = [
         f"# {titled('Results', results)}",
         f"**{summary_line(results)}**",
         f"They speak for {coverage(results)} of the data set at hand; only a mean over all folds of the whole data set "
         f"compares with published results. Protocol: {PROTOCOLS[results['protocol']]}. Over all clips together: "
-        f"accuracy {percent(results['accuracy_all_clips'])}, macro F1 {percent(results['macro_f1'])}; accuracy in the "
-        f"foreground {percent(results['foreground_accuracy'])}, background {percent(results['background_accuracy'])}.",
+        f"accuracy {percent(results['accuracy_all_clips'])}, macro F1 {percent(results['macro_f1'])}{salience}.",
         f"## {folds_table(results)}",
         "The 95 % interval is Student's t, which takes the folds as independent. They share training clips, so it is a "
         "little too narrow.",
@@ -181,11 +183,11 @@ def confusions_table(results):
 def recordings_text(results):
     """Return in words how many independent sounds the clips come from, with a table of those with most errors."""
     recordings = results["recordings"]
-    header = ["recording (fsID)", "class", "clips", "wrong"]
+    header = ["recording", "class", "clips", "wrong"]
     rows = [row.values() for row in recordings["most_errors"]]
     return (
         f"The {results['clips']:,} clips were cut from {recordings['count']:,} recordings, whose clips are alike and "
-        "tend to be right or wrong together. With every recording counted once, accuracy is "
+        "tend to be right or wrong together. With every recording counted once, by the mean of its clips, accuracy is "
         f"{percent(recordings['accuracy'])}. Those with most errors:\n\n{table(header, rows, left=(0, 1))}"
     )
 

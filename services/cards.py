@@ -1,12 +1,15 @@
 """The README.md of a Hugging Face repository: a template (*_card.md) filled with facts. Same files, same card."""
 
+import re
 from pathlib import Path
 from string import Template
 
 import pandas as pd
 
 import data_loader
+import utils
 from reports import tables
+from reports.answers import CLIP_NAME
 
 MINIATURE_FSID = 900_000  # the synthetic miniature's first Freesound id (demo_data.py); UrbanSound8K's last is 209992
 
@@ -20,6 +23,7 @@ def data_card(folder, repo_id):
     return _fill(
         "data_card.md",
         clips["slice_file_name"],
+        info["source"],
         n_clips=f"{len(clips):,}",
         n_left_out=len(info["left_out"]),
         shape=tuple(info["shape"]),  # (clips, n_mels, n_frames)
@@ -36,6 +40,7 @@ def model_card(results, names, repo_id):
     return _fill(
         "model_card.md",
         names,
+        results["run"].get("source", "own sounds"),
         network=settings.get("model", "network"),
         note=tables.titled("", results),
         coverage=f"{tables.coverage(results)}, protocol {results['protocol']}",
@@ -48,20 +53,18 @@ def model_card(results, names, repo_id):
     )
 
 
-def _fill(template, names, **facts):
-    """Return a card, its licence that of the data set whose file names these are."""
-    is_miniature, folder = _is_miniature(names), Path(__file__).parent
-    source = "Synthetic miniature of UrbanSound8K" if is_miniature else "UrbanSound8K"
-    licence = folder / ("miniature_card.md" if is_miniature else "urbansound8k_card.md")
-    facts |= {"source": source, "licence": licence.read_text(encoding="utf-8")}
-    facts["licence_line"] = "" if is_miniature else "license: cc-by-nc-3.0\n"
+def _fill(template, names, source, **facts):
+    """Return a card, its licence that of the data set whose file names these are; source: that one's name."""
+    folder = Path(__file__).parent
+    if not all(CLIP_NAME.fullmatch(name) for name in names):
+        kind, source, slug = "own", re.sub(r"[^\w .-]", "?", utils.one_line(source)), "own-sounds"
+    elif all(int(name.split("-")[0]) >= MINIATURE_FSID for name in names):
+        kind, source, slug = "miniature", "Synthetic miniature of UrbanSound8K", "urbansound8k"
+    else:
+        kind, source, slug = "urbansound8k", "UrbanSound8K", "urbansound8k"
+    facts |= {"source": source, "slug": slug, "licence": (folder / f"{kind}_card.md").read_text(encoding="utf-8")}
+    facts["licence_line"] = "license: cc-by-nc-3.0\n" if kind == "urbansound8k" else ""
     return Template((folder / template).read_text(encoding="utf-8")).substitute(facts)
-
-
-def _is_miniature(names):
-    """Return whether all these file names, which begin with a Freesound id, are the synthetic miniature's."""
-    first_parts = [name.split("-")[0] for name in names]
-    return all(part.isdigit() and int(part) >= MINIATURE_FSID for part in first_parts)
 
 
 def _settings_table(settings):

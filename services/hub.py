@@ -152,7 +152,7 @@ def model_folds(repo_id):
             names = {file.rfilename for file in api.model_info(repo_id, timeout=ANSWER_SECONDS).siblings or []}
         except OfflineModeIsEnabled:
             names = os.listdir(api.snapshot_download(repo_id, local_files_only=True))
-        if folds := [fold for fold in range(10) if MODEL_FILE.format(fold) in names]:
+        if folds := [fold for fold in range(utils.MAX_FOLDS) if MODEL_FILE.format(fold) in names]:
             return folds
         raise UserError("it holds no model; send one: python -m services.hub push")
 

@@ -125,7 +125,8 @@ def test_features_equal_librosas(miniature, processed):
 def test_number_of_workers_does_not_change_a_bit(miniature):
     audio = AudioSettings(feature_dtype="float32")  # float16 would hide most of it
     paths = [clip_path(miniature, row) for row in rows_of(miniature)]
-    by_workers = [features for features, _ in preprocess_data.process_clips(paths, audio, 3)]
+    found = preprocess_data.process_clips([(path, None) for path in paths], audio, 3)
+    by_workers = [features for ((_, _, features),) in found]
     alone = [clip_features(read_audio(path, audio.sample_rate), audio) for path in paths]
     assert np.array_equal(by_workers, alone)
 
@@ -172,7 +173,7 @@ def test_second_run_has_nothing_to_do_and_reads_no_clip(miniature, processed, tm
     shutil.copytree(miniature / "metadata", tmp_path / "UrbanSound8K" / "metadata")  # the clips are not even there
     before = contents(tmp_path / "processed")
     printed = preprocess(tmp_path / "UrbanSound8K").out
-    assert printed == (
+    assert printed.endswith(
         f"Nothing to do: {tmp_path / 'processed'} holds the features of all 60 clips (--overwrite: again)\n"
     )
     assert contents(tmp_path / "processed") == before
@@ -185,9 +186,10 @@ def test_different_clips_are_refused_until_overwrite(dataset, preprocess, tmp_pa
     old = contents(tmp_path / "processed")
     moved = [{**rows[0], "fold": 2}, *rows[1:3]]
     swapped = [*rows[1:3], rows[0]]
-    for changed, listed, new in ((rows[:2], 2, 0), (moved, 3, 1), (swapped, 3, 0), (rows, 5, 2)):
+    refusal = "holds 3 clips of a different list of files, classes and folds: run with --overwrite"
+    for changed in (rows[:2], moved, swapped, rows):
         write_rows(folder, changed)
-        preprocess(folder, refused=f"3 clips and the data set lists {listed}, {new} of them new .*--overwrite")
+        preprocess(folder, refused=refusal)
     assert contents(tmp_path / "processed") == old
     preprocess(folder, "--overwrite")
     assert len(data_loader.load_processed(tmp_path / "processed").labels) == 5
@@ -198,7 +200,7 @@ def test_different_clips_are_refused_until_overwrite(dataset, preprocess, tmp_pa
     [
         ("features.json", b'"left_out": []', b'"left_out": 0', "features.json is damaged"),
         ("features.json", b'"sample_rate": 22050', b'"sample_rate": 8000', "sample_rate is 8000 there and 22050"),
-        ("clips.csv", b"dog_bark", b"\xff", "holds 60 clips and the data set lists 60, 6 of them new"),
+        ("clips.csv", b"dog_bark", b"\xff", "clips.csv is not a table"),
     ],
 )
 def test_damaged_or_different_set_is_named_with_the_remedy(
@@ -207,7 +209,7 @@ def test_damaged_or_different_set_is_named_with_the_remedy(
     shutil.copytree(processed[0], tmp_path / "processed")
     changed = (tmp_path / "processed" / name).read_bytes().replace(old, new)
     (tmp_path / "processed" / name).write_bytes(changed)
-    preprocess(miniature, refused=f"{reason}.*--overwrite")
+    preprocess(miniature, refused=reason)
 
 
 # --- Clips that can't be used ------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def test_bad_clips_are_named_and_nothing_is_written_or_they_are_left_out(dataset
 
     before = contents(tmp_path / "processed")
     assert "holds the features of 4 of 6 clips" in preprocess(folder, "--allow_missing").out
-    preprocess(folder, refused="holds 4 clips and the data set lists 6, 2 of them new")
+    preprocess(folder, refused="lacks 2 clips that could not be read")
     clip_path(folder, rows[1]).write_bytes(good)
     assert preprocess(folder, "--overwrite", refused=refusal).err.startswith(f"  {text}: ")
     assert contents(tmp_path / "processed") == before
@@ -250,7 +252,7 @@ def test_no_data_set_no_readable_clip_and_a_bad_row_are_named(dataset, preproces
             spoil(clip_path(folder, row))
         preprocess(folder, "--allow_missing", refused=f"no clip of {folder} could be read")
     write_rows(folder, [rows[0], {**rows[1], "slice_file_name": "../../secret.wav"}, rows[2]])
-    preprocess(folder, refused=r"line 3: slice_file_name '\.\./\.\./secret\.wav' is not a plain file name")
+    preprocess(folder, refused=r"line 3: slice_file_name '\.\./\.\./secret\.wav' is no path within the folder")
     assert contents(tmp_path / "processed") == {}
 
 
