@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 import config
 import utils
@@ -180,6 +181,7 @@ def assign_folds(clips, n_folds):
     if groups.min() < n_folds:
         few = ", ".join(groups[groups < n_folds].index)
         print(f"note: {few}: fewer groups than the {n_folds} folds, so some folds do not test them; {remedy}")
+    print(f"making {n_folds} folds of {len(clips)} recordings in {clips['group'].nunique()} groups", flush=True)
     folds = np.zeros(len(clips), np.int64)
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=0)
     with warnings.catch_warnings(action="ignore"):  # of classes with few clips
@@ -204,7 +206,7 @@ def find_same_sounds(features, clips):
     coarse = np.stack([coarse_shape(clip) for clip in features])  # (clips, cells)
     groups, names = clips["group"].to_numpy(), clips["slice_file_name"].to_numpy()
     found = []
-    for start in range(0, len(coarse), COMPARED_ROWS):
+    for start in tqdm(range(0, len(coarse), COMPARED_ROWS), "comparing", unit="block", disable=None, leave=False):
         similarity = coarse[start : start + COMPARED_ROWS] @ coarse[start:].T  # (rows, clips from `start` on)
         for row, column in np.argwhere(np.triu(similarity > SAME_SOUND, k=1)) + start:
             if groups[row] != groups[column]:

@@ -67,10 +67,6 @@ def progress_bar(total, name, initial=0):
 # --- Download ----------------------------------------------------------------------------------------------------
 
 
-class TryAgain(Exception):
-    """A failure that may pass: TryAgain(reason, wait), where wait is the server's Retry-After in s, 0 without one."""
-
-
 def fetch(url, part):
     """Append to `part` what it lacks of the file at a URL.
 
@@ -80,13 +76,13 @@ def fetch(url, part):
     failures, most = 0, size_of(part)
     while True:
         try:
-            return fetch_rest(url, part)
-        except TryAgain as error:
-            reason, wait = error.args
+            reason, wait = fetch_rest(url, part)
         except ValueError as error:  # this URL, or one that the server leads to, is none
             raise UserError(f"can't fetch {url!r} ({root_cause(error)}): name another source with --url") from error
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             reason, wait = f"no connection ({root_cause(error)})", 0
+        if not reason:
+            return
         size = size_of(part)
         failures = 1 if size > most else failures + 1
         most = max(size, most)
@@ -101,21 +97,25 @@ def fetch(url, part):
 
 
 def fetch_rest(url, part):
-    """Make one request and append its body to `part`. TryAgain or an error of requests or urllib3 if it fails."""
+    """Make one request and append its body to `part`.
+
+    Returns (why it failed, "" if it did not; the seconds that the server asks to wait). Lost connections are errors of
+    requests or urllib3.
+    """
     size = size_of(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={size}-"} if size else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status = response.status_code
         if status == 416 and size:  # Range Not Satisfiable: all bytes are here, or different ones; the md5 decides
-            return
+            return "", 0
         if status in (408, 425, 429) or status >= 500:
             wait = response.headers.get("Retry-After", "")
-            raise TryAgain(f"the server answers {status}", int(wait) if re.fullmatch("[0-9]{1,9}", wait) else 0)
+            return f"the server answers {status}", int(wait) if re.fullmatch("[0-9]{1,9}", wait) else 0
         if status not in (200, 206):
             raise UserError(f"{url}: the server answers {status}: name another source with --url")
         if status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {size}-"):
             part.unlink(missing_ok=True)
-            raise TryAgain("the server sends bytes that were not asked for", 0)
+            return "the server sends bytes that were not asked for", 0
         if status == 200 and size:
             tqdm.write("the server can't resume: starting again")
             size = 0
@@ -126,6 +126,7 @@ def fetch_rest(url, part):
                 bar.update(len(chunk))
                 if file.tell() > MAX_BYTES:
                     raise UserError(f"{url} sends more bytes than the data set has: check --url, and delete {part}")
+    return "", 0
 
 
 def root_cause(error):
@@ -133,12 +134,6 @@ def root_cause(error):
     while error.__context__:
         error = error.__context__
     return utils.one_line(getattr(error, "strerror", None) or error)
-
-
-def md5_of(path):
-    """Return a file's md5 as 32 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def get_file(url, path, md5):
@@ -149,7 +144,8 @@ def get_file(url, path, md5):
             part = path.with_name(path.name + ".part")
             fetch(url, part)
             os.replace(part, path)
-        found = md5_of(path)
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "md5").hexdigest()
         if found == md5:
             return
         path.unlink()

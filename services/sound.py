@@ -3,7 +3,7 @@
     python -m sounddevice        # the devices that PortAudio finds; * or > and < mark the default ones
 
 Sound is optional: no package, no PortAudio or no device is a UserError of one line with the remedy, and callers work
-without sound where they can. Always the system's default devices: its sound settings choose them.
+without sound where they can. Always the system's default devices, at their own rates: its sound settings choose them.
 """
 
 import collections
@@ -60,26 +60,13 @@ def describe_device(kind):
     return device["name"], device["default_samplerate"]
 
 
-def usable_rate(kind, rate):
-    """Return `rate` if the default device takes it, else the device's own rate (Hz)."""
-    own_rate = describe_device(kind)[1]
-    with sound_library() as library:
-        check = library.check_output_settings if kind == "output" else library.check_input_settings
-        try:
-            check(samplerate=rate, channels=1)
-        except library.PortAudioError:
-            return own_rate
-    return rate
-
-
 def play(samples, rate):
     """Play mono samples to their end on the default loudspeaker. UserError if that can't be.
 
     samples: (n,), full scale 1; rate: Hz.
     """
-    device_rate = usable_rate("output", rate)
-    if device_rate != rate:
-        samples = soxr.resample(samples, rate, device_rate)
+    device_rate = describe_device("output")[1]
+    samples = soxr.resample(samples, rate, device_rate)
     with sound_library() as library:
         library.play(np.asarray(samples, np.float32), device_rate, blocking=True)
 
@@ -89,8 +76,8 @@ def record(rate):
 
     rate: Hz. UserError if there is no microphone, or it stops.
     """
-    device_rate = usable_rate("input", rate)
-    resampler = None if device_rate == rate else soxr.ResampleStream(device_rate, rate, 1, dtype="float32")
+    device_rate = describe_device("input")[1]
+    resampler = soxr.ResampleStream(device_rate, rate, 1, dtype="float32")
     blocks = queue.Queue(MAX_BLOCKS)
 
     def keep(block, *_):  # PortAudio calls this from a thread of its own, which must not wait
@@ -104,7 +91,7 @@ def record(rate):
                 block = blocks.get(timeout=PATIENCE_SECONDS)
             except queue.Empty as error:
                 raise UserError("the microphone sends nothing any more: connect it again") from error
-            yield block if resampler is None else resampler.resample_chunk(block)
+            yield resampler.resample_chunk(block)
 
 
 # --- predict.py --mic --------------------------------------------------------------------------------------------

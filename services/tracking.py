@@ -78,7 +78,7 @@ class Tracker:
     def start_fold(self, number, history):
         """Begin or continue the run of a 0-indexed fold; history: rows of the epochs trained before a resume."""
         self._start(f"fold-{number}", {"fold": number})
-        for row in history if self.mode == "online" else []:  # what a kill has kept from the server
+        for row in history:  # what a kill has kept from it; wandb ignores the epochs that it has
             self._log(row)
 
     @never_raises
@@ -182,9 +182,8 @@ class Tracker:
         print(f"Weights & Biases: {reason}, so the runs stay in {folder}; `wandb sync {folder}` sends them", flush=True)
 
     def _log(self, row):
-        if row["epoch"] >= self.run.step:  # the server of a resumed run has the earlier ones
-            values = {name: value for name, value in row.items() if value is not None}
-            self.run.log(values, step=row["epoch"], commit=True)  # without commit it waits for the next epoch
+        values = {name: value for name, value in row.items() if value is not None}
+        self.run.log(values, step=row["epoch"], commit=True)  # without commit it waits for the next epoch
 
     def _finish(self, exit_code=0):
         if self.run:

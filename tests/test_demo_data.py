@@ -3,17 +3,16 @@
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import REPOSITORY
 
 import demo_data
+import download_data
 from data_loader import read_clip_table
 from utils import UserError
-
-SCRIPT = Path(demo_data.__file__).with_name("download_data.py")
 
 
 def contents(folder):
@@ -59,15 +58,18 @@ def test_make_miniature_writes_the_same_bytes_again_only_where_needed(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_killed_demo_never_looks_complete(run_script, tmp_path):
-    process = subprocess.Popen([sys.executable, SCRIPT, "--demo", "--data_dir", tmp_path])
+def test_killed_demo_never_looks_complete(tmp_path, monkeypatch, capsys):
+    arguments = [REPOSITORY / "download_data.py", "--demo", "--data_dir", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, *arguments])
     while process.poll() is None and len(list(tmp_path.glob("audio/fold1/*.wav"))) < 5:
         time.sleep(0.01)
     process.kill()
     process.wait()
     assert demo_data.holds_miniature(tmp_path) and not (tmp_path / "metadata" / "UrbanSound8K.csv").exists()
+    monkeypatch.setattr("sys.argv", arguments)
     for word in ("made", "complete"):
-        assert f"{word}: 300 synthetic" in run_script("download_data.py", "--demo", "--data_dir", tmp_path).stdout
+        download_data.main()
+        assert f"{word}: 300 synthetic" in capsys.readouterr().out
 
 
 def test_demo_on_full_disk_is_one_line(run_script, tmp_path):

@@ -1,58 +1,41 @@
-"""Stage 1 against a loopback server that fails in every way, with a small archive of real WAV files."""
+"""Stage 1 against a loopback server that fails in every way, with an archive of ten clips."""
 
 import contextlib
 import hashlib
 import io
 import json
-import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import pandas as pd
 import pytest
+from conftest import REPOSITORY
 from flaky_server import serving
 
 import download_data
+import utils
 from utils import UserError
 
-REPOSITORY = Path(download_data.__file__).parent
 BUSY = b"HTTP/1.1 503 \r\nRetry-After: 0\r\n\r\n"
 WHOLE = b"HTTP/1.1 200 \r\n\r\n"  # and the content: an answer without Range
 CLOSED = "http://127.0.0.1:9"  # where nobody listens
 CONTENT = random.Random(0).randbytes(1_000_000)
 
-# The script, with soundata's entries for a small archive and its index in place of Zenodo's.
-LAUNCH = """
-import download_data, utils
-from soundata.datasets import urbansound8k
-archive, index = urbansound8k.REMOTES["all"], urbansound8k.INDEXES["1.0"].remote
-archive.url, archive.checksum = {url!r}, {md5!r}
-index.url, index.checksum = {index_url!r}, {index_md5!r}
-download_data.RETRY_SECONDS, download_data.DISK_BYTES = 0.01, {disk_bytes!r}
-utils.run(download_data.main)
-"""
+# {name in the data set: bytes}; nothing of stage 1 decodes the clips.
+CLIPS = [f"10000{i}-{i}-0-0.wav" for i in range(10)]
+HEADER = "slice_file_name,fsID,start,end,salience,fold,classID,class\n"
+TABLE = HEADER + "".join(f"{name},10000{i},0,4,1,1,{i},class_{i}\n" for i, name in enumerate(CLIPS))
+DATASET = {download_data.METADATA: TABLE.encode(), "FREESOUNDCREDITS.txt": b"credits"}
+DATASET |= {f"audio/fold1/{name}": CONTENT[i * 100_000 : (i + 1) * 100_000] for i, name in enumerate(CLIPS)}
 
 
 def md5_of(content):
     return hashlib.md5(content).hexdigest()
-
-
-@pytest.fixture(scope="module")
-def dataset(miniature):
-    """The miniature's fold 1 under Freesound ids of the real data set: {name in the data set: bytes}."""
-    clips = pd.read_csv(miniature / download_data.METADATA).query("fold == 1")
-    clips["fsID"] -= 891_000  # a few real ids begin with 9 too
-    files = {}
-    for index, old in clips["slice_file_name"].items():
-        clips.loc[index, "slice_file_name"] = name = f"{clips.loc[index, 'fsID']}-{old.split('-', 1)[1]}"
-        files[f"audio/fold1/{name}"] = (miniature / "audio" / "fold1" / old).read_bytes()
-    return {download_data.METADATA: clips.to_csv(index=False).encode(), **files, "FREESOUNDCREDITS.txt": b"credits"}
 
 
 def make_archive(files, extra=()):
@@ -74,36 +57,40 @@ def member(name, kind=tarfile.REGTYPE, size=0, target=""):
 
 
 @pytest.fixture
-def server(dataset):
-    """Serves the archive of `dataset`, and an index as soundata has it."""
-    files = {name: [name, md5_of(content)] for name, content in dataset.items()}
+def server():
+    """Serves an archive of DATASET, and an index as soundata has it."""
+    files = {name: [name, md5_of(content)] for name, content in DATASET.items()}
     clips = {Path(name).stem: {"audio": entry} for name, entry in files.items() if name.startswith("audio")}
     index = {"version": "1.0", "clips": clips, "metadata": {"UrbanSound8K.csv": files[download_data.METADATA]}}
     extra = [member("UrbanSound8K/audio", tarfile.DIRTYPE), member("._UrbanSound8K"), member("notes.txt", size=4)]
-    with serving(make_archive(dataset, extra), json.dumps(index).encode()) as server:
+    with serving(make_archive(DATASET, extra), json.dumps(index).encode()) as server:
         yield server
 
 
 @pytest.fixture
-def download(server, tmp_path):
-    """A function that runs the script for the folder <tmp_path>/data and returns a CompletedProcess.
+def download(server, tmp_path, monkeypatch, capsys):
+    """A function that runs the script for <tmp_path>/data, with soundata's entries for `server` in place of Zenodo's.
 
-    It sends the signal `stop` as soon as is_reached().
+    Gives .status, .stdout and .stderr.
     """
+    archive, index = download_data.soundata_remotes()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(download_data, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(download_data, "DISK_BYTES", 0)
 
-    def run(*flags, stop=None, is_reached=None, disk_bytes=0, index_url=f"{server.address}/index.json"):
-        entries = {"url": f"{server.address}/UrbanSound8K.tar.gz", "md5": md5_of(server.content)}
-        entries |= {"index_url": index_url, "index_md5": md5_of(server.index), "disk_bytes": disk_bytes}
-        command = [sys.executable, "-c", LAUNCH.format(**entries), "--data_dir", str(tmp_path / "data"), *flags]
-        env = {**os.environ, "no_proxy": "127.0.0.1"}
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=pipe, stderr=pipe, text=True)
-        if stop:
-            while process.poll() is None and not is_reached():
-                time.sleep(0.001)
-            process.send_signal(stop)
-        output, errors = process.communicate()
-        return subprocess.CompletedProcess(command, process.returncode, output, errors)
+    def run(*flags, index_url=f"{server.address}/index.json"):
+        monkeypatch.setattr(archive, "url", server.address)
+        monkeypatch.setattr(archive, "checksum", md5_of(server.content))
+        monkeypatch.setattr(index, "url", index_url)
+        monkeypatch.setattr(index, "checksum", md5_of(server.index))
+        monkeypatch.setattr("sys.argv", ["download_data.py", "--data_dir", str(tmp_path / "data"), *flags])
+        status = 0
+        try:
+            utils.run(download_data.main)
+        except SystemExit as ended:
+            status = ended.code
+        printed = capsys.readouterr()
+        return SimpleNamespace(status=status, stdout=printed.out, stderr=printed.err)
 
     return run
 
@@ -122,90 +109,106 @@ def contents(folder):
 
 def error_line(done):
     """Return the one line on stderr of a run that a UserError ended."""
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: "), done.stderr
+    assert (done.status, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: "), done.stderr
     return done.stderr
 
 
 # --- The script ----------------------------------------------------------------------------------------------------
 
 
-def test_download_bad_server_ends_complete(download, run_script, server, dataset, tmp_path):
+def test_download_bad_server_ends_complete(download, server, tmp_path):
     wrong = ("raw", WHOLE + server.content[:-1] + b"\1")
     server.moods = [("drop", 300_000), ("raw", BUSY), ("drop", 100_000), wrong]
     done = download()
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "can't resume" in done.stdout and "is broken" in done.stdout and "complete: 20 clips" in done.stdout
+    assert (done.status, done.stderr) == (0, "")
+    assert "can't resume" in done.stdout and "is broken" in done.stdout and "complete: 10 clips" in done.stdout
     assert server.offsets == [0, 300_000, 300_000, 400_000, 0]
-    assert contents(tmp_path / "data") == dataset  # archive and index are gone
+    assert contents(tmp_path / "data") == DATASET  # archive and index are gone
     table = tmp_path / "data" / download_data.METADATA
     table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())  # Excel's byte order mark
-    assert "complete: 20 clips" in run_script("download_data.py", "--data_dir", tmp_path / "data").stdout
+    assert "complete: 10 clips" in download().stdout and len(server.offsets) == 5
     server.moods = [wrong, wrong]
     assert f"instead of {md5_of(server.content)}" in error_line(download("--force"))
 
 
 @pytest.mark.parametrize("is_broken", [False, True])
-def test_archive_in_folder_repairs_data_set(download, server, dataset, tmp_path, is_broken):
-    lost, emptied, changed, *_ = (name for name in dataset if name.endswith(".wav"))
-    damaged = dataset | {emptied: b"", changed: dataset[changed][::-1]}
+def test_archive_in_folder_repairs_data_set(download, server, tmp_path, is_broken):
+    lost, emptied, changed, *_ = (name for name in DATASET if name.endswith(".wav"))
+    damaged = DATASET | {emptied: b"", changed: DATASET[changed][::-1]}
     del damaged[lost]
     write(tmp_path / "data", damaged | {download_data.ARCHIVE: server.content[: -1 if is_broken else None]})
-    assert download().returncode == 0
-    assert contents(tmp_path / "data") == dataset
+    assert download().status == 0
+    assert contents(tmp_path / "data") == DATASET
     assert server.offsets == [0] * is_broken
 
 
-def test_archive_other_than_its_index_is_refused_without_index_accepted(download, server, dataset):
-    name = list(dataset)[1]
-    server.content = make_archive(dataset | {name: b"other"})
+def test_archive_other_than_its_index_is_refused_without_index_accepted(download, server):
+    name = f"audio/fold1/{CLIPS[0]}"
+    server.content = make_archive(DATASET | {name: b"other"})
     assert f"1 unpacked files are broken, such as {name}" in error_line(download())
     assert "no index from soundata" in download(index_url=CLOSED).stdout
 
 
-def test_no_room_and_no_network_are_one_line(download, server):
-    line = error_line(download(disk_bytes=4e17))
-    assert "needs 400,000,000,000 MB" in line and "--data_dir" in line and server.offsets == []
+def test_no_room_and_no_network_are_one_line(download, server, monkeypatch):
     line = error_line(download("--url", CLOSED))
     assert "no connection (Connection refused)" in line and "--url" in line
+    monkeypatch.setattr(download_data, "DISK_BYTES", 4e17)
+    line = error_line(download())
+    assert "needs 400,000,000,000 MB" in line and "--data_dir" in line and server.offsets == []
 
 
-@pytest.mark.parametrize("stop, status", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_stop_in_download_or_unpacking_resumes(download, server, dataset, tmp_path, stop, status):
+def test_stop_in_download_and_in_unpacking_resumes(download, server, tmp_path):
     server.moods = [("slow", None)]
     data, part = tmp_path / "data", tmp_path / "data" / "UrbanSound8K.tar.gz.part"
-    for is_reached in (lambda: download_data.size_of(part) > 200_000, lambda: any(data.glob("audio/*/*.wav"))):
-        done = download(stop=stop, is_reached=is_reached)
-        assert (done.returncode, "The same command resumes" in done.stderr) == (status, status == 130)
-    assert download().returncode == 0
-    assert server.offsets[0] == 0 and server.offsets[1] > 200_000 and len(server.offsets) == 2
-    assert contents(data) == dataset
-
-
-def test_damaged_table_is_refused_until_force_replaces_it(run_script, download, dataset, tmp_path):
-    header, first, *_ = dataset[download_data.METADATA].decode().splitlines()
-    name, *columns = first.split(",")
-    outside = ",".join([name, *columns[:4], "1/../../..", *columns[5:]])
-    write(tmp_path / "data", dataset | {f"../{name}": b""})  # where that fold leads
-    for table in (header, f"{header}\n{outside}"):
-        write(tmp_path / "data", {download_data.METADATA: table.encode()})
-        line = error_line(run_script("download_data.py", "--data_dir", tmp_path / "data"))
-        assert download_data.METADATA in line and "--force" in line
-    assert download("--force").returncode == 0
-    assert contents(tmp_path / "data") == dataset and (tmp_path / name).exists()
-
-
-def test_miniature_and_real_data_set_stay_apart(run_script, miniature, dataset, tmp_path):
-    for files, flags, words in (
-        (contents(miniature), [], "holds the miniature"),
-        (dataset, ["--demo"], "does not belong to this miniature"),
-        ({"UrbanSound8K.tar.gz.part": b"x"}, ["--demo"], "does not belong to this miniature"),
-        ({download_data.METADATA: dataset[download_data.METADATA]}, ["--demo"], "does not belong to this miniature"),
+    code = f"""
+import download_data, utils
+archive, index = download_data.soundata_remotes()
+archive.url, archive.checksum, index.url = {server.address!r}, {md5_of(server.content)!r}, {CLOSED!r}
+download_data.DISK_BYTES = 0
+utils.run(download_data.main)
+"""
+    for stop, status, is_reached in (
+        (signal.SIGKILL, -signal.SIGKILL, lambda: download_data.size_of(part) > 200_000),
+        (signal.SIGINT, 130, lambda: any(data.glob("audio/*/*.wav"))),
     ):
-        write(tmp_path / "data", files)
-        line = error_line(run_script("download_data.py", "--force", "--data_dir", tmp_path / "data", *flags))
-        assert words in line and "--data_dir" in line
-        assert contents(tmp_path / "data") == files
-        shutil.rmtree(tmp_path / "data")
+        command = [sys.executable, "-c", code, "--data_dir", data]
+        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not is_reached():
+            time.sleep(0.001)
+        process.send_signal(stop)
+        _, errors = process.communicate()
+        assert process.returncode == status, errors
+    assert "The same command resumes" in errors
+    assert download().status == 0
+    assert server.offsets[0] == 0 and server.offsets[1] > 200_000 and len(server.offsets) == 2
+    assert contents(data) == DATASET
+
+
+def test_damaged_table_is_refused_until_force_replaces_it(download, tmp_path):
+    outside = f"{HEADER}{CLIPS[0]},100000,0,4,1,1/../../..,0,class_0\n"
+    write(tmp_path / "data", DATASET | {f"../{CLIPS[0]}": b""})  # where that fold leads
+    for table in (HEADER, outside):
+        write(tmp_path / "data", {download_data.METADATA: table.encode()})
+        line = error_line(download())
+        assert download_data.METADATA in line and "--force" in line
+    assert download("--force").status == 0
+    assert contents(tmp_path / "data") == DATASET and (tmp_path / CLIPS[0]).exists()
+
+
+@pytest.mark.parametrize(
+    "name, flags, words",
+    [
+        ("audio/fold1/900001-0-0-0.wav", [], "holds the miniature"),
+        ("audio/fold1/100032-3-0-0.wav", ["--demo"], "does not belong to this miniature"),
+        ("UrbanSound8K.tar.gz.part", ["--demo"], "does not belong to this miniature"),
+        (download_data.METADATA, ["--demo"], "does not belong to this miniature"),
+    ],
+)
+def test_miniature_and_real_data_set_stay_apart(download, tmp_path, name, flags, words):
+    write(tmp_path / "data", {name: b"x"})
+    line = error_line(download("--force", *flags))
+    assert words in line and "--data_dir" in line
+    assert contents(tmp_path / "data") == {name: b"x"}
 
 
 def test_soundata_entries_are_the_ones_expected():
@@ -279,7 +282,7 @@ def test_fetch_bad_url_is_one_line(file, tmp_path, url):
     [
         (member("UrbanSound8K/../../../evil"), "can't be unpacked"),
         (member("UrbanSound8K/e\0vil"), "can't be unpacked"),
-        (member("UrbanSound8K/evil", size=30_000_000), r"more than 2e\+07 bytes"),
+        (member("UrbanSound8K/evil", size=3000), r"more than 2e\+03 bytes"),
         (member("UrbanSound8K//evil"), None),  # lands in the data set's folder
         (member("../evil"), None),  # left out, as all that follows
         (member("UrbanSound8K/evil", tarfile.SYMTYPE, target="../.."), None),
@@ -287,20 +290,22 @@ def test_fetch_bad_url_is_one_line(file, tmp_path, url):
         (member("UrbanSound8K/evil", tarfile.FIFOTYPE), None),
     ],
 )
-def test_unpack_unsafe_member_stays_in_folder(dataset, tmp_path, monkeypatch, evil, refusal):
-    write(tmp_path, {"archive": make_archive(dataset, [evil])})
-    monkeypatch.setattr(download_data, "MAX_BYTES", 20_000_000)
+def test_unpack_unsafe_member_stays_in_folder(tmp_path, monkeypatch, evil, refusal):
+    files = {download_data.METADATA: b"table", "audio/fold1/1-0-0-0.wav": b"sound", "FREESOUNDCREDITS.txt": b"credits"}
+    write(tmp_path, {"archive": make_archive(files, [evil])})
+    monkeypatch.setattr(download_data, "MAX_BYTES", 2000)
     with pytest.raises(UserError, match=refusal) if refusal else contextlib.nullcontext():
         download_data.unpack(tmp_path / "archive", tmp_path / "a" / "b")
     found = contents(tmp_path)
     del found["archive"]
-    names = [name for name in dataset if not refusal or name != download_data.METADATA]  # the table comes last
-    assert found.pop("a/b/evil", b"") == b"" and found == {f"a/b/{name}": dataset[name] for name in names}
+    if refusal:
+        del files[download_data.METADATA]  # the table comes last
+    assert found.pop("a/b/evil", b"") == b"" and found == {f"a/b/{name}": files[name] for name in files}
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
 
 
-@pytest.mark.parametrize("is_cut", [True, False])
-def test_unpack_damaged_archive_is_named(dataset, tmp_path, is_cut):
-    write(tmp_path, {"archive": make_archive(dataset)[:500_000] if is_cut else b"<html>log in</html>" * 1000})
+@pytest.mark.parametrize("content", [make_archive({"a": CONTENT})[:500_000], b"<html>log in</html>" * 1000])
+def test_unpack_damaged_archive_is_named(tmp_path, content):
+    write(tmp_path, {"archive": content})
     with pytest.raises(UserError, match=f"{tmp_path}/archive can't be unpacked"):
         download_data.unpack(tmp_path / "archive", tmp_path / "data")

@@ -210,7 +210,7 @@ def test_worst_confusions_name_the_surest_mistakes():
 
 
 def test_recordings_count_once_and_the_worst_come_first():
-    """Recording 7 has three clips, two wrong, so its mean is; 8 has one, right; 9 is two sounds, of which one is wrong."""
+    """Recording 7 has three clips, two wrong, so its mean is; 8 has one, right; 9 is two sounds, one of them wrong."""
     rows = [("7-a", 0, 1), ("7-b", 0, 1), ("7-c", 0, 0), ("8-a", 1, 1), ("9-a", 1, 0), ("9-b", 2, 2)]
     recordings = [name[0] for name, _, _ in rows]
     predictions = make_predictions(["dog", "car", "gun"], [(*row, 0.9) for row in rows], recordings)

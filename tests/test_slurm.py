@@ -15,7 +15,7 @@ def start_task(task, assets):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "ASSETS": str(assets), "ENVIRONMENT": "/nowhere"}
     env |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_CPUS_PER_TASK": "1"}
-    command = ["bash", "research/slurm.sh", "--epochs", "2", "--batch_size", "8"]
+    command = ["bash", "research/slurm.sh", "--epochs", "1", "--batch_size", "8"]
     return subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
 
 

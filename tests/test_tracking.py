@@ -166,14 +166,17 @@ def wait_for(scripts, text):
         time.sleep(0.05)
 
 
-def test_resumed_fold_logs_every_epoch_once(start, scripts, env, tmp_path):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_resumed_fold_has_every_epoch_in_its_last_file(start, scripts, env, tmp_path, sent, status):
     wait = start(tmp_path, env, epochs=4)
     wait_for(scripts, "epoch 2/4")
-    os.kill(scripts.child, signal.SIGINT)
-    assert wait().returncode == 130
+    os.kill(scripts.child, sent)
+    assert wait().returncode == status
     assert start(tmp_path, env, epochs=4)().returncode == 0
     files = read_runs(tmp_path)[f"{state_of(tmp_path)['run_id']}-fold-0"]
-    assert [row["epoch"] for row in rows_of(files)] == [row["_step"] for row in rows_of(files)] == [1, 2, 3, 4]
+    assert (
+        [row["epoch"] for row in rows_of(files[-1:])] == [row["_step"] for row in rows_of(files[-1:])] == [1, 2, 3, 4]
+    )
     assert files[-1]["run"][0]["resume"] is True
 
 
