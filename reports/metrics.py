@@ -22,10 +22,7 @@ HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "validation_loss", "
 VALIDATIONS = "next_fold", "none", "test_fold"
 MAX_NUMBER = 1e6  # of folds, epochs, a temperature
 SUM_TOLERANCE = 1e-3  # the probabilities of a clip must sum to 1 within this
-
 CONFUSIONS_LISTED = 10
-EXAMPLES_LISTED = 5  # clips named for each confusion
-RECORDINGS_LISTED = 10  # of those with most errors
 CONFIDENCE_BINS = 15  # of equal width, as in Guo et al. 2017
 OPTIMISTIC = "optimistic: epoch chosen on the test fold"
 
@@ -84,10 +81,8 @@ def read_predictions(results_dir, processed_dir=None):
     tested = pd.concat(tables)
     check_rows(tested["clip"], ~tested["clip"].duplicated(), "is tested twice: a clip counts once")
     clips = read_clips(processed_dir, tested)
-    ids = dict(zip(clips["class"], clips["classID"].tolist(), strict=True)) if clips is not None else {}
-    ids = ids or run.get("class_ids", {})
-    has_all = all(name in ids for name in class_names)  # else the columns are numbered from 0
-    columns = {ids[name] if has_all else column: column for column, name in enumerate(class_names)}
+    ids = run.get("class_ids", {}) if clips is None else clips.set_index("class")["classID"].to_dict()
+    columns = {ids.get(name, column): column for column, name in enumerate(class_names)}
     check_rows(tested["classID"], tested["classID"].isin(columns), f"has no column: the columns are of {[*columns]}")
     return Predictions(
         class_names=class_names,
@@ -106,8 +101,10 @@ def read_clips(processed_dir, tested):
     tested: DataFrame of clip, classID and fold (0-indexed). UserError where they differ from those of clips.csv.
     """
     path = Path(processed_dir or "") / "clips.csv"
-    clips = data_loader.read_clip_table(path).set_index("slice_file_name") if processed_dir and path.is_file() else None
-    if clips is None or not tested["clip"].isin(clips.index).all():
+    if not processed_dir or not path.is_file():
+        return None
+    clips = data_loader.read_clip_table(path).set_index("slice_file_name")
+    if not tested["clip"].isin(clips.index).all():
         return None
     own = clips.loc[tested["clip"]]
     for column, values in (("classID", tested["classID"]), ("fold", tested["fold"] + 1)):
@@ -118,13 +115,18 @@ def read_clips(processed_dir, tested):
 
 def read_prediction_file(path):
     """Return (class names, file names, classIDs, probabilities (clips, classes)) of one fold's file."""
-    header, rows = read_csv(path)
+    try:
+        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # such as not UTF-8, nothing in it, more values in a line than in the first
+        raise UserError(f"{path} can't be read as CSV ({utils.one_line(error)}): test the fold again") from error
+    header, rows = table.iloc[0].tolist(), table.iloc[1:]
     is_unique = len(set(header)) == len(header) and all(name and name.isprintable() for name in header)
     if header[:2] != ["slice_file_name", "classID"] or len(header) < 3 or not is_unique:
         found = utils.one_line(", ".join(header))
         raise UserError(f"{path}, line 1: slice_file_name, classID and the classes must be there, each once: {found}")
     if rows.empty:
         raise UserError(f"{path} has no clips: remove it, or test the fold again")
+    rows = rows.set_axis(header, axis=1).set_axis([f"{path}, line {row + 1}" for row in rows.index])
     names, class_ids, texts = rows["slice_file_name"], rows["classID"], rows.iloc[:, 2:]
     check_rows(names, names.map(str.isprintable), "is no file name")
     check_rows(class_ids, class_ids.str.fullmatch(r"\d{1,9}"), "is not a whole number")
@@ -136,38 +138,26 @@ def read_prediction_file(path):
     return header[2:], names.tolist(), class_ids.astype(int).tolist(), values
 
 
-def read_history(results_dir, fold):
-    """Return {column: (epochs,) floats} of a fold's history; NaN where a value is empty. None if there is no file."""
-    path = Path(results_dir) / f"history_fold_{fold}.csv"
-    if not path.is_file():
-        return None
-    header, rows = read_csv(path)
-    history = {}
-    for column in HISTORY_COLUMNS:
-        if header.count(column) != 1:
-            raise UserError(f"{path}, line 1: it must have the column {column}, once")
-        numbers = pd.to_numeric(rows[column], errors="coerce")
-        check_rows(rows[column], numbers.notna() | rows[column].isin(["", "nan"]), "is not a number")
-        history[column] = numbers.to_numpy(float)
-    return history
-
-
-def read_csv(path):
-    """Return (header, rows) of a CSV file: a list of str, and a DataFrame of str whose index is "<path>, line <n>"."""
-    try:
-        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # such as not UTF-8, nothing in it, more values in a line than in the first
-        raise UserError(f"{path} can't be read as CSV ({utils.one_line(error)}): test the fold again") from error
-    header, rows = table.iloc[0].tolist(), table.iloc[1:]
-    return header, rows.set_axis(header, axis=1).set_axis([f"{path}, line {row + 1}" for row in rows.index])
-
-
 def check_rows(column, is_right, fault):
     """Raise a UserError that names the first value of a column that is not right; its index says where it stands."""
     if not np.all(is_right):
         row = int(np.argmin(is_right))
         value = utils.one_line(column.iloc[row])
         raise UserError(f"{column.index[row]}: {column.name} {value!r} {fault}; correct it, or test the fold again")
+
+
+def read_history(results_dir, fold):
+    """Return a fold's history as a DataFrame of HISTORY_COLUMNS; NaN where a value is empty. None if there is no file.
+
+    UserError if a column is missing, or a value is not a number.
+    """
+    path = Path(results_dir) / f"history_fold_{fold}.csv"
+    if not path.is_file():
+        return None
+    try:
+        return pd.read_csv(path, usecols=HISTORY_COLUMNS, dtype=float)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not the history of a fold ({utils.one_line(error)}): remove the file") from error
 
 
 def read_run(results_dir):
@@ -177,15 +167,13 @@ def read_run(results_dir):
     try:
         json.dumps(run, allow_nan=False, ensure_ascii=False).encode()  # as results.json will hold it
         numbers = [run.get("n_folds", 1), *run.get("best_epochs", {}).values(), *run.get("temperatures", {}).values()]
-        class_ids = run.get("class_ids", {}).values()
-        is_run = (
-            run.get("validation", "none") in VALIDATIONS
-            and isinstance(run.get("source", ""), str)
-            and isinstance(run.get("settings", {}), dict)
+        is_right = (
+            all(type(number) in (int, float) and 0 < number <= MAX_NUMBER for number in numbers)
+            and all(type(class_id) is int for class_id in run.get("class_ids", {}).values())
             and all(isinstance(digests, dict) for digests in run.get("files", {}).values())
-            and all(type(class_id) is int for class_id in class_ids)
-            and all(type(number) in (int, float) and 0 < number <= MAX_NUMBER for number in numbers)
+            and isinstance(run.get("source", ""), str)
         )
+        is_run = is_right and run.get("validation", "none") in VALIDATIONS and isinstance(run.get("settings", {}), dict)
     except (AttributeError, ValueError, RecursionError):
         is_run = False
     if not is_run:
@@ -276,6 +264,7 @@ def summarise(predictions, run):
             }
         )
     accuracies = [row["accuracy"] for row in per_fold]
+    confusions = confusion_matrix(true, predicted, labels=range(len(names)))  # (classes, classes), rows are true
     std, interval = spread(accuracies)
     clips, protocol = predictions.clips, run.get("validation")
     has_salience = clips is not None and "salience" in clips
@@ -293,6 +282,7 @@ def summarise(predictions, run):
         "accuracy_std": std,
         "accuracy_interval_95": interval,
         "accuracy_all_clips": float(correct.mean()),
+        "accuracy_recordings": recording_accuracy(predictions),
         "macro_f1": float(scores["f1"].dropna().mean()),
         "foreground_accuracy": by_salience.get("1"),
         "background_accuracy": by_salience.get("2"),
@@ -301,8 +291,8 @@ def summarise(predictions, run):
         "recall_per_fold": pd.concat(recalls, axis=1).T.to_dict("list"),  # of each class, in the order of per_fold
         "confidence": summarise_confidence(predictions, run.get("temperatures", {})),
         "class_names": names,
-        "confusion_matrix": confusion_matrix(true, predicted, labels=range(len(names))).tolist(),  # rows are true
-        **summarise_errors(predictions),
+        "confusion_matrix": confusions.tolist(),
+        "worst_confusions": most_frequent_confusions(confusions, names),
         "left_out": predictions.left_out,
         "run": run,
     }
@@ -322,35 +312,27 @@ def summarise_confidence(predictions, temperatures):
     return values
 
 
-def summarise_errors(predictions):
-    """Return {"worst_confusions", "recordings"}: where the errors are.
+def most_frequent_confusions(counts, class_names):
+    """Return the most frequent confusions as dicts of true, predicted, clips, and share of the true class's clips.
 
-    worst_confusions: the most frequent, each with the clips that were mistaken most confidently. recordings (files, or
-    UrbanSound8K's fsID): their count, the share that is right by the mean of its clips' distributions, and those with
-    most errors, since clips of one recording are alike; None where there is no clips.csv.
+    counts: confusion matrix, (classes, classes), rows are true.
     """
-    names, has_clips = np.array(predictions.class_names), predictions.clips is not None
-    clips = pd.DataFrame({"true": names[predictions.true], "predicted": names[predictions.predicted]})
-    clips["examples"], clips["confidence"] = predictions.names, predictions.probabilities.max(axis=1)
-    clips["is_wrong"] = clips["true"] != clips["predicted"]
-    wrong = clips[clips["is_wrong"]].sort_values(["confidence", "examples"], ascending=[False, True])
-    confusions = wrong.groupby(["true", "predicted"])["examples"].agg(clips="size", examples=list).reset_index()
-    confusions["share"] = confusions["clips"] / confusions["true"].map(
-        clips["true"].value_counts()
-    )  # of the true class
-    confusions["examples"] = confusions["examples"].str[:EXAMPLES_LISTED]
-    worst = confusions.sort_values("clips", ascending=False, kind="stable").head(CONFUSIONS_LISTED)
-    errors = {"worst_confusions": worst.to_dict("records"), "recordings": None}
-    column = next((name for name in ("recording", "fsID") if name in (predictions.clips if has_clips else ())), None)
-    if column:
-        clips["recording"] = predictions.clips.loc[predictions.names, column].to_numpy(str)
-        grouped = clips.groupby(["recording", "true"])
-        recordings = grouped["is_wrong"].agg(clips="size", wrong="sum").reset_index()
-        means = pd.DataFrame(predictions.probabilities).groupby(grouped.ngroup().to_numpy()).mean()  # of each recording
-        worst = recordings[recordings["wrong"] > 0].sort_values("wrong", ascending=False, kind="stable")
-        errors["recordings"] = {
-            "count": len(recordings),
-            "accuracy": float((names[means.to_numpy().argmax(axis=1)] == recordings["true"]).mean()),
-            "most_errors": worst.head(RECORDINGS_LISTED).to_dict("records"),
-        }
-    return errors
+    table = pd.DataFrame(counts, pd.Index(class_names, name="true"), pd.Index(class_names, name="predicted"))
+    cells = table.stack().rename("clips").reset_index()
+    cells["share"] = cells["clips"] / cells["true"].map(table.sum(axis=1))
+    wrong = cells[(cells["true"] != cells["predicted"]) & (cells["clips"] > 0)]
+    return wrong.nlargest(CONFUSIONS_LISTED, "clips").to_dict("records")
+
+
+def recording_accuracy(predictions):
+    """Return the accuracy with every recording counted once, by the mean of its clips' distributions; None if unknown.
+
+    A recording is a file, or what UrbanSound8K's clip was cut from (fsID). Its clips are alike.
+    """
+    known = () if predictions.clips is None else predictions.clips.columns
+    column = next((name for name in ("recording", "fsID") if name in known), None)
+    if column is None:
+        return None
+    recordings = [predictions.clips.loc[predictions.names, column].to_numpy(str), predictions.true]
+    means = pd.DataFrame(predictions.probabilities).groupby(recordings).mean()  # (recordings, classes)
+    return float((means.to_numpy().argmax(axis=1) == means.index.get_level_values(1)).mean())

@@ -4,7 +4,6 @@ They take the results as results.json has them, and compute nothing new. `write_
 has for people: train.py ends with it, evaluate.py is its command.
 """
 
-import contextlib
 import functools
 import re
 import sys
@@ -30,36 +29,32 @@ PROTOCOLS = {
 def write_report(results_dir, processed_dir=None):
     """Write results.json, report.md and the pictures into a results folder, print the folds, and return the results.
 
-    results_dir, processed_dir: see `metrics.read_predictions`. UserError if the folder's files can't be right.
+    results_dir, processed_dir: see `metrics.read_predictions`. UserError if the folder's files can't be right; a
+    picture that can't be drawn is a warning, since no training should end with an error for a picture.
     """
     results_dir = Path(results_dir)
     results = metrics.read_results(results_dir, processed_dir)
     histories = {row["fold"]: metrics.read_history(results_dir, row["fold"]) for row in results["per_fold"]}
-    histories = {fold: history for fold, history in histories.items() if history}
-    drawings = {
-        "confusion_matrix.png": (pictures.draw_confusion_matrix, "Confusion matrix"),
-        "per_class.png": (pictures.draw_classes, "F1 and recall of each class"),
-        "reliability.png": (pictures.draw_reliability, "Confidence"),
-        "curves.png": (functools.partial(pictures.draw_curves, histories=histories), "Training"),
-    }
-    if not histories:
-        drawings.pop("curves.png")
-        (results_dir / "curves.png").unlink(missing_ok=True)  # of an earlier run
-    results["files"] = ["results.json", "report.md", *drawings]
+    histories = {fold: history for fold, history in histories.items() if history is not None}
+    print(f"{titled('Folds', results)}\n\n{folds_table(results)}\n\n{coverage(results)}: {summary_line(results)}")
+    results["files"] = ["results.json", "report.md"]
+    for name, draw, title in (
+        ("confusion_matrix.png", pictures.draw_confusion_matrix, "Confusion matrix"),
+        ("per_class.png", pictures.draw_classes, "F1 and recall of each class"),
+        ("reliability.png", pictures.draw_reliability, "Confidence"),
+        ("curves.png", functools.partial(pictures.draw_curves, histories=histories), "Training"),
+    ):
+        path = results_dir / name
+        try:
+            path.unlink(missing_ok=True)  # of an earlier run
+            if histories or name != "curves.png":
+                draw(path, results, titled(title, results))
+                results["files"].append(name)
+        except Exception as error:
+            print(f"warning: {path} is not drawn: {utils.one_line(error)}", file=sys.stderr)
     with utils.atomic_write(results_dir / "report.md", "w") as file:
         file.write(report_text(results))
     utils.save_json(results_dir / "results.json", results)
-    print(f"{folds_table(results)}\n\n{coverage(results)}: {summary_line(results)}")
-    for name, (draw, title) in drawings.items():
-        path = results_dir / name
-        try:
-            draw(path, results, titled(title, results))
-        except Exception as error:  # the numbers are written; no training should end with an error for a picture
-            print(f"warning: {path} is not drawn: {utils.one_line(error)}", file=sys.stderr)
-            with contextlib.suppress(OSError):
-                path.unlink()  # of an earlier run
-            results["files"].remove(name)
-            utils.save_json(results_dir / "results.json", results)
     print("wrote " + " ".join(str(results_dir / name) for name in results["files"]))
     return results
 
@@ -98,13 +93,12 @@ def table(header, rows, left=(0,)):
 
 
 def folds_table(results):
-    """Return the table of the folds, under its title."""
     header = ["fold", "data set fold", "clips", "best epoch", "accuracy", "macro F1"]
     rows = [
         [*map(fold.get, FOLD_COLUMNS), percent(fold["accuracy"]), percent(fold["macro_f1"])]
         for fold in results["per_fold"]
     ]
-    return f"{titled('Folds', results)}\n\n{table(header, rows)}"
+    return table(header, rows)
 
 
 def summary_line(results):
@@ -129,37 +123,37 @@ def coverage(results):
 
 
 def report_text(results):
-    """Return report.md."""
-    foreground, background = (percent(results[f"{part}_accuracy"]) for part in ("foreground", "background"))
-    has_salience = results["foreground_accuracy"] is not None
-    salience = f"; accuracy in the foreground {foreground}, background {background}" if has_salience else ""
-    introduction = [
+    """Return report.md, with the pictures in results["files"]."""
+
+    def picture(name, text):
+        return f"![{text}]({name})" if name in results["files"] else ""
+
+    shares = {"foreground": results["foreground_accuracy"], "background": results["background_accuracy"]}
+    shares["with every recording counted once, by the mean of its clips,"] = results["accuracy_recordings"]
+    others = "".join(f"; {what} {percent(share)}" for what, share in shares.items() if share is not None)
+    sections = {
+        "Folds": [
+            folds_table(results),
+            "The 95 % interval is Student's t, which takes the folds as independent. They share training clips, so it "
+            "is a little too narrow.",
+        ],
+        "Classes": [classes_table(results), picture("per_class.png", "F1 and recall of each class")],
+        "Confusion matrix": [picture("confusion_matrix.png", "Confusion matrix"), confusions_table(results)],
+        "Confidence": [confidence_text(results), picture("reliability.png", "Accuracy against confidence")],
+        "Training": [picture("curves.png", "Accuracy and loss of every epoch")],
+        "Run": [run_table(results["run"]) if results["run"] else ""],
+    }
+    parts = [
         f"# {titled('Results', results)}",
         f"**{summary_line(results)}**",
         f"They speak for {coverage(results)} of the data set at hand; only a mean over all folds of the whole data set "
         f"compares with published results. Protocol: {PROTOCOLS[results['protocol']]}. Over all clips together: "
-        f"accuracy {percent(results['accuracy_all_clips'])}, macro F1 {percent(results['macro_f1'])}{salience}.",
-        f"## {folds_table(results)}",
-        "The 95 % interval is Student's t, which takes the folds as independent. They share training clips, so it is a "
-        "little too narrow.",
+        f"accuracy {percent(results['accuracy_all_clips'])}, macro F1 {percent(results['macro_f1'])}{others}.",
     ]
-    sections = {
-        "Classes": [classes_table(results), "![F1 and recall of each class](per_class.png)"],
-        "Worst confusions": [confusions_table(results)],
-        **({"Recordings": [recordings_text(results)]} if results["recordings"] else {}),
-        "Confusion matrix": [
-            "Clips: rows are the true classes, columns the predicted ones, in the order of classID.",
-            matrix_table(results),
-            "![Confusion matrix](confusion_matrix.png)",
-        ],
-        "Confidence": [confidence_text(results), "![Accuracy against confidence](reliability.png)"],
-    }
-    if "curves.png" in results["files"]:
-        sections["Training"] = ["![Accuracy and loss of every epoch](curves.png)"]
-    if results["run"]:
-        sections["Run"] = [run_table(results["run"])]
-    parts = [part for title, body in sections.items() for part in (f"## {titled(title, results)}", *body)]
-    return "\n\n".join([*introduction, *parts]) + "\n"
+    for title, body in sections.items():
+        if any(body):
+            parts += [f"## {titled(title, results)}", *filter(None, body)]
+    return "\n\n".join(parts) + "\n"
 
 
 def classes_table(results):
@@ -172,46 +166,21 @@ def classes_table(results):
 
 def confusions_table(results):
     if not results["worst_confusions"]:
-        return "None: every clip was classified right."
-    rows = [
-        [row["true"], row["predicted"], row["clips"], percent(row["share"]), ", ".join(row["examples"])]
-        for row in results["worst_confusions"]
-    ]
-    return table(["true", "taken for", "clips", "of the class", "the surest mistakes"], rows, left=(0, 1, 4))
-
-
-def recordings_text(results):
-    """Return in words how many independent sounds the clips come from, with a table of those with most errors."""
-    recordings = results["recordings"]
-    header = ["recording", "class", "clips", "wrong"]
-    rows = [row.values() for row in recordings["most_errors"]]
-    return (
-        f"The {results['clips']:,} clips were cut from {recordings['count']:,} recordings, whose clips are alike and "
-        "tend to be right or wrong together. With every recording counted once, by the mean of its clips, accuracy is "
-        f"{percent(recordings['accuracy'])}. Those with most errors:\n\n{table(header, rows, left=(0, 1))}"
-    )
-
-
-def matrix_table(results):
-    names = [f"{index} {name}" for index, name in enumerate(results["class_names"])]
-    rows = [[name, *counts] for name, counts in zip(names, results["confusion_matrix"], strict=True)]
-    return table(["true", *range(len(names))], rows)
+        return "Every clip was classified right."
+    rows = [[row["true"], row["predicted"], row["clips"], percent(row["share"])] for row in results["worst_confusions"]]
+    return table(["true", "taken for", "clips", "of the class"], rows, left=(0, 1))
 
 
 def confidence_text(results):
     """Return in words what the temperature has done to the calibration error."""
     before, after = results["confidence"]["before"], results["confidence"]["after"]
-    text = (
-        "Expected calibration error (ECE, 15 bins; 0 % if of the clips with confidence 80 %, 80 % are right): "
-        f"{percent(before['ece'])} as the network gives it"
-    )
+    text = f"Expected calibration error (ECE, 15 bins): {percent(before['ece'])} as the network gives it"
     if after is None:
         return f"{text}. Not every fold here has a temperature, which needs validation clips that did not test."
     temperatures = [results["run"]["temperatures"][str(row["fold"])] for row in results["per_fold"]]
     return (
         f"{text}, {percent(after['ece'])} with each fold's temperature ({min(temperatures):.2f} to "
-        f"{max(temperatures):.2f}), fitted on its validation clips and never on test clips. A temperature above 1 "
-        "makes the network less sure, below 1 surer; it changes no decision."
+        f"{max(temperatures):.2f}), fitted on its validation clips and never on test clips."
     )
 
 

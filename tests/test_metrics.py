@@ -34,10 +34,9 @@ def cell(line, column, value):
         (cell(4, 0, "a\nb.wav"), ["line 4", "'a b.wav'", "no file name"]),
         (cell(1, 0, "file"), ["line 1", "slice_file_name"]),
         (cell(1, 3, "siren"), ["line 1", "each once"]),
-        (cell(1, 3, "cat\x1b[2J"), ["line 1", "each once"]),
+        (cell(1, 3, "\x1b[2J"), ["line 1", "each once"]),
         (cell(1, 3, "cat"), ["line 1", "cat", "the folds before"]),
         (cell(9, 0, "clip1_0.wav"), ["line 9", "clip1_0.wav", "twice"]),
-        (cell(9, 0, "clip0_3.wav"), ["line 9", "clip0_3.wav", "twice"]),
         (lambda rows: rows[3].pop(), ["line 4", "probabilities"]),
         (lambda rows: rows[3].append("0"), ["line 4", "CSV"]),
         (lambda rows: rows.clear(), ["can't be read as CSV"]),
@@ -87,21 +86,15 @@ def test_table_that_contradicts_the_predictions_is_refused(tmp_path, column, val
         metrics.read_predictions(folder, data)
 
 
-HISTORY = "epoch,train_loss,train_accuracy,validation_loss,validation_accuracy\n"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
         ("history_fold_0.csv", "epoch,train_loss\n1,2\n", "train_accuracy"),
-        ("history_fold_0.csv", HISTORY + "1,x,,,\n", "line 2: train_loss 'x'"),
-        ("history_fold_0.csv", HISTORY.replace("loss", "loss,epoch", 1) + "1,2,3,4,5,6\n", "epoch, once"),
+        ("history_fold_0.csv", ",".join(metrics.HISTORY_COLUMNS) + "\n1,x,,,\n", "float: 'x'"),
         ("run.json", "[]", "does not describe a run"),
         ("run.json", '{"best_epochs": [1, 2]}', "does not describe a run"),
         ("run.json", '{"best_epochs": {"0": "2"}}', "does not describe a run"),
         ("run.json", '{"temperatures": {"0": -1}}', "does not describe a run"),
-        ("run.json", '{"n_folds": true}', "does not describe a run"),
-        ("run.json", '{"source": ["a"]}', "does not describe a run"),
         ("run.json", '{"validation": ["none"]}', "does not describe a run"),
         ("run.json", "{", "not JSON"),
         ("run.json", '{"settings": {"rate": 1e999}}', "does not describe a run"),
@@ -109,19 +102,18 @@ HISTORY = "epoch,train_loss,train_accuracy,validation_loss,validation_accuracy\n
     ],
 )
 def test_damaged_history_or_run_is_named(tmp_path, name, content, named):
-    folder = write_run(tmp_path)
-    (folder / name).write_text(content)
+    (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=named) as caught:
-        metrics.read_history(folder, 0)
-        metrics.read_run(folder)
-    assert str(folder / name) in str(caught.value)
+        metrics.read_history(tmp_path, 0)
+        metrics.read_run(tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
 
 
 def test_history_that_is_not_there_is_none_and_an_empty_value_nan(tmp_path):
     folder = write_run(tmp_path, validation="none")
     assert metrics.read_history(folder, 7) is None
     history = metrics.read_history(folder, 0)
-    assert history["epoch"].tolist() == [1, 2, 3] and np.isnan(history["validation_loss"]).all()
+    assert history["epoch"].tolist() == [1, 2, 3] and history["validation_loss"].isna().all()
 
 
 # --- Results -----------------------------------------------------------------------------------------------------
@@ -169,7 +161,8 @@ def test_without_a_table_of_these_clips_no_salience_is_claimed(tmp_path, is_of_o
     folder = write_run(tmp_path / "results")
     data = write_clips(tmp_path / "data", folds=[0, 1])  # lacks the clips of fold 2
     results = metrics.read_results(folder, data if is_of_other_clips else tmp_path)
-    assert results["clips_total"] is None and results["folds_total"] is None and results["recordings"] is None
+    assert results["clips_total"] is None and results["folds_total"] is None
+    assert results["accuracy_recordings"] is None
     assert results["foreground_accuracy"] is None and results["background_accuracy"] is None
 
 
@@ -191,46 +184,28 @@ def test_interval_is_student_t_cut_to_shares():
     assert metrics.spread([0.7]) == (None, None)
 
 
-def make_predictions(class_names, rows, recordings=None):
-    """Predictions of one fold; rows: (name, true, predicted, confidence)."""
-    names, true, predicted, confidence = zip(*rows, strict=True)
-    rest = (1 - np.array(confidence)) / (len(class_names) - 1)
-    probabilities = np.tile(rest[:, None], len(class_names))
-    probabilities[np.arange(len(rows)), predicted] = confidence
-    clips = recordings and pd.DataFrame({"fsID": recordings, "fold": 1, "salience": "1"}, index=names)
-    return metrics.Predictions(class_names, [*names], np.zeros(len(rows), int), np.array(true), probabilities, clips)
+def make_predictions(class_names, true, predicted, recordings=None):
+    """Predictions of one fold; the clips are named 0, 1, ..."""
+    clips = recordings and pd.DataFrame({"fsID": recordings, "fold": 1, "salience": "1"})
+    names, folds = list(range(len(true))), np.zeros(len(true), int)
+    return metrics.Predictions(class_names, names, folds, np.array(true), np.eye(len(class_names))[predicted], clips)
 
 
-def test_worst_confusions_name_the_surest_mistakes():
-    rows = [(name, 0, 1, sure) for name, sure in zip("abcdef", [0.9, 0.6, 0.8, 0.7, 0.75, 0.65], strict=True)]
-    predictions = make_predictions(["cat", "dog"], [*rows, ("g", 1, 0, 0.95)])
-    worst = metrics.summarise(predictions, {})["worst_confusions"]
-    assert worst[0] == {"true": "cat", "predicted": "dog", "clips": 6, "share": 1.0, "examples": list("acedf")}
-    assert worst[1] == {"true": "dog", "predicted": "cat", "clips": 1, "share": 1.0, "examples": ["g"]}
-
-
-def test_recordings_count_once_and_the_worst_come_first():
-    """Recording 7 has three clips, two wrong, so its mean is; 8 has one, right; 9 is two sounds, one of them wrong."""
-    rows = [("7-a", 0, 1), ("7-b", 0, 1), ("7-c", 0, 0), ("8-a", 1, 1), ("9-a", 1, 0), ("9-b", 2, 2)]
-    recordings = [name[0] for name, _, _ in rows]
-    predictions = make_predictions(["dog", "car", "gun"], [(*row, 0.9) for row in rows], recordings)
-    result = metrics.summarise(predictions, {})["recordings"]
-    assert result["count"] == 4
-    assert result["accuracy"] == 0.5
-    assert result["most_errors"] == [
-        {"recording": "7", "true": "dog", "clips": 3, "wrong": 2},
-        {"recording": "9", "true": "car", "clips": 1, "wrong": 1},
+def test_worst_confusions_are_the_most_frequent():
+    predictions = make_predictions(["cat", "dog"], true=[1, 1, 0, 0, 0], predicted=[0, 1, 1, 1, 0])
+    assert metrics.summarise(predictions, {})["worst_confusions"] == [
+        {"true": "cat", "predicted": "dog", "clips": 2, "share": pytest.approx(2 / 3)},
+        {"true": "dog", "predicted": "cat", "clips": 1, "share": 0.5},
     ]
 
 
+def test_recordings_count_once():
+    """Recording 7 has three clips, one right; 8 has one, right; 9 is two sounds, of which one is wrong."""
+    predictions = make_predictions(["dog", "car", "gun"], [0, 0, 0, 1, 1, 2], [1, 1, 0, 1, 0, 2], list("777899"))
+    assert metrics.summarise(predictions, {})["accuracy_recordings"] == pytest.approx((1 / 3 + 1 + 0 + 1) / 4)
+
+
 # --- Confidence --------------------------------------------------------------------------------------------------
-
-
-def test_calibration_error_of_calibrated_answers_is_small():
-    rng = np.random.default_rng(0)
-    confidence = rng.uniform(0.1, 1, 60_000)
-    values = metrics.reliability(confidence, rng.random(60_000) < confidence)
-    assert values["ece"] < 0.01 and sum(row["clips"] for row in values["bins"]) == 60_000
 
 
 @pytest.mark.parametrize(("confidence", "error"), [([0.99], 0.39), ([0.21], 0.39), ([1.0, 0.3], 0.5 * (0.3 - 0.2))])
@@ -258,8 +233,5 @@ def test_confidence_after_exists_only_if_every_fold_has_a_temperature(tmp_path):
     folder = write_run(tmp_path, temperatures={"0": 2.0, "1": 0.5, "2": 1.0})
     values = metrics.read_results(folder)["confidence"]
     assert values["before"]["ece"] != values["after"]["ece"]
-    write_run(tmp_path, temperatures={"0": 1.0, "1": 1.0, "2": 1.0})
-    values = metrics.read_results(folder)["confidence"]
-    assert values["after"]["ece"] == pytest.approx(values["before"]["ece"])
     write_run(tmp_path, temperatures={"0": 2.0, "1": 0.5})
     assert metrics.read_results(folder)["confidence"]["after"] is None

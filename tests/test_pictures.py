@@ -3,6 +3,7 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -36,12 +37,12 @@ def results(class_names, folds=2, clips=40, temperatures=None):
     return metrics.summarise(predictions, {"best_epochs": {"0": 2}, "temperatures": temperatures or {}})
 
 
-def history(epochs, validation=True):
-    values = np.arange(1.0, epochs + 1)
-    columns = {"epoch": values, "train_loss": 2 / values, "train_accuracy": 1 - 0.8 / values}
-    for name in ("loss", "accuracy"):
-        columns[f"validation_{name}"] = columns[f"train_{name}"] * (0.9 if validation else np.nan)
-    return columns
+def history(losses, validation=True):
+    """A history with these training losses; what validates is empty if there is no validation."""
+    values = pd.DataFrame({"epoch": np.arange(1.0, len(losses) + 1), "train_loss": losses, "train_accuracy": 0.5})
+    return values.assign(
+        validation_loss=0.9 if validation else np.nan, validation_accuracy=0.4 if validation else np.nan
+    )
 
 
 def colours(path):
@@ -56,42 +57,36 @@ def colours(path):
 
 @pytest.mark.parametrize("class_names", [["a_b", "$x$", "50 %", "a\nb"], [f"class {k}" for k in range(25)]])
 def test_any_classes_can_be_drawn(tmp_path, class_names):
-    values = results(class_names)
-    pictures.draw_confusion_matrix(tmp_path / "matrix.png", values, "Matrix (a remark)")
-    pictures.draw_classes(tmp_path / "classes.png", values, "Classes")
-    for name in ("matrix.png", "classes.png"):
-        with Image.open(tmp_path / name) as image:
-            assert image.width >= 1500 and image.height >= 500
-    with Image.open(tmp_path / "matrix.png") as image:
-        assert image.text["Title"] == "Matrix (a remark)"
+    values, paths = results(class_names), [tmp_path / "matrix.png", tmp_path / "classes.png"]
+    for path, draw in zip(paths, (pictures.draw_confusion_matrix, pictures.draw_classes), strict=True):
+        draw(path, values, "A title (a remark)")
+        with Image.open(path) as image:
+            assert image.width >= 1500 and image.height >= 500 and image.text["Title"] == "A title (a remark)"
 
 
 @pytest.mark.parametrize("folds", [1, 7])
 def test_curves_of_any_number_of_folds_show_training_and_validation(tmp_path, folds):
-    histories = {fold: history(epochs=3) for fold in range(folds)}
+    histories = {fold: history([2, 1, 0.7]) for fold in range(folds)}
     pictures.draw_curves(tmp_path / "curves.png", results(["a", "b"], folds), "Training", histories)
     found = colours(tmp_path / "curves.png")
     assert found[pictures.BLUE] > 1000 and found[pictures.ORANGE] > 500
 
 
-@pytest.mark.parametrize("loss", [np.inf, np.nan])
-def test_curves_without_validation_and_of_a_loss_that_is_not_finite(tmp_path, loss):
-    histories = {0: history(1, False), 1: {**history(3, False), "train_loss": np.array([2, loss, loss])}}
-    pictures.draw_curves(tmp_path / "curves.png", results(["a", "b"]), "Training", histories)
+def test_curves_without_validation_and_of_a_loss_that_is_not_finite(tmp_path):
+    histories = {0: history([2], False), 1: history([2, np.inf, np.nan, 1], False), 2: history([np.nan], False)}
+    pictures.draw_curves(tmp_path / "curves.png", results(["a", "b"], folds=3), "Training", histories)
     found = colours(tmp_path / "curves.png")
     assert pictures.BLUE in found and pictures.ORANGE not in found
 
 
 def test_reliability_has_a_diagram_more_after_a_temperature(tmp_path):
-    pictures.draw_reliability(tmp_path / "before.png", results(["a", "b", "c"]), "Confidence")
+    pictures.draw_reliability(tmp_path / "before.png", results(["a", "b"], folds=1, clips=1), "Confidence")
     both = results(["a", "b", "c"], temperatures={"0": 2.0, "1": 3.0})
     pictures.draw_reliability(tmp_path / "both.png", both, "Confidence")
     before, after = colours(tmp_path / "before.png"), colours(tmp_path / "both.png")
-    assert before[pictures.BLUE] > 5000 and before[pictures.ORANGE] > 500 and after[pictures.BLUE] > 5000
+    assert before[pictures.BLUE] > 1000 and before[pictures.ORANGE] > 500 and after[pictures.BLUE] > 5000
     with Image.open(tmp_path / "before.png") as one, Image.open(tmp_path / "both.png") as two:
         assert two.width > 1.3 * one.width
-    pictures.draw_reliability(tmp_path / "one.png", results(["a", "b"], folds=1, clips=1), "Confidence")
-    assert pictures.ORANGE in colours(tmp_path / "one.png")
 
 
 # --- A recording -------------------------------------------------------------------------------------------------
