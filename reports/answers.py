@@ -6,13 +6,10 @@ And whether the recording is a clip of the data set: an answer to a clip that th
 import contextlib
 import csv
 import dataclasses
-import filecmp
 import functools
 import itertools
 import json
-import os
 import re
-import sys
 
 import numpy as np
 
@@ -21,7 +18,6 @@ import utils
 from utils import UserError
 
 BAR_WIDTH = 40  # characters of a probability of 1
-BOLD, BLUE, YELLOW = "1", "34", "33"  # of a terminal
 COLUMNS = ["start", "end", "class", "confidence"]  # of a timeline; times in s
 SILENCE = "silence"  # in a timeline, where every sample is zero
 CLIP_NAME = re.compile(r"\d+-\d+-\d+-\d+\.wav")  # of the data set: recording, classID, occurrence, slice
@@ -86,12 +82,6 @@ class Answer:
 # --- For people --------------------------------------------------------------------------------------------------
 
 
-def paint(text, colour):
-    """Return text in a terminal's colour, or as it is where there is no terminal or NO_COLOR is set."""
-    has_colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return f"\033[{colour}m{text}\033[0m" if has_colours and text else text
-
-
 def bar(probability):
     """Return a probability as a bar."""
     return "█" * round(float(probability) * BAR_WIDTH)
@@ -101,8 +91,7 @@ def print_distribution(class_names, probabilities, top_k=None):
     """Print every class, or the top_k likeliest, with its probability and a bar, the most likely first."""
     width = max(map(len, class_names))
     for index in np.argsort(-probabilities, kind="stable")[:top_k]:
-        shown = paint(bar(probabilities[index]), BLUE)
-        print(f"  {class_names[index]:<{width}}  {probabilities[index]:6.1%}  {shown}".rstrip())
+        print(f"  {class_names[index]:<{width}}  {probabilities[index]:6.1%}  {bar(probabilities[index])}".rstrip())
 
 
 def print_answer(name, answer, model_names, top_k=None):
@@ -111,9 +100,9 @@ def print_answer(name, answer, model_names, top_k=None):
     many = len(answer.starts) > 1
     print(f"{utils.one_line(name)} ({answer.seconds:.2f} s), {model}")
     of_windows = f" (mean of {len(answer.starts)} windows)" if many else ""
-    print(f"{paint(answer.class_names[answer.best], BOLD)}, confidence {answer.mean[answer.best]:.1%}{of_windows}")
+    print(f"{answer.class_names[answer.best]}, confidence {answer.mean[answer.best]:.1%}{of_windows}")
     for note in answer.notes:
-        print(paint(f"note: {note}", YELLOW))
+        print(f"note: {note}")
     print_distribution(answer.class_names, answer.mean, top_k)
     if many:
         width = max(len(class_name) for class_name in [*answer.class_names, SILENCE])
@@ -181,37 +170,25 @@ def save_labels(path, parts):
 def known_clip_note(path, infos, assets_dir, processed_dir=None):
     """Return a line on what the models' answer to a recording is worth if that is a clip of the data set, else None.
 
-    path: of the recording; infos: metadata of the models that answer; processed_dir: the folder of clips.csv. A model
-    has met the clip if its training folds have it, or if the clip's fold neither trained nor tested it: that one has
-    chosen its epoch.
+    path: of the recording; a clip is known by its name. infos: metadata of the models that answer; processed_dir: the
+    folder of clips.csv. A model has met the clip if its training folds have it, or if the clip's fold neither trained
+    nor tested it: that one has chosen its epoch.
     """
-    fold = known_fold(path, assets_dir, processed_dir)
+    if not CLIP_NAME.fullmatch(path.name):
+        return None
+    fold = read_folds(utils.folder(processed_dir, assets_dir, config.PROCESSED_DIR) / "clips.csv").get(path.name)
     if fold is None:
         return None
     what = f"a clip of the data set's fold {fold}"
     if not all(isinstance(info.get("fold"), int) and isinstance(info.get("training_folds"), list) for info in infos):
         return f"{what}; the model does not say on which folds it was trained"
     trained = [fold in info["training_folds"] for info in infos]
-    tested = [fold == info["fold"] + 1 for info in infos]
-    if not any(trained) and all(tested):
+    if not any(trained) and all(fold == info["fold"] + 1 for info in infos):
         return f"{what}, which this model has not trained on"
     how = "this model trained on it" if any(trained) else "this model has chosen its epoch with it"
     if len(infos) > 1:
         how = f"{sum(trained)} of {len(infos)} models trained on it"
     return f"{what}: {how}, so the answer is too good; --fold_num {fold - 1} has never heard it"
-
-
-def known_fold(path, assets_dir, processed_dir=None):
-    """Return the data set's fold (counted from 1) of a recording that is one of its clips, else None.
-
-    A clip is known by its name in clips.csv, and by its content where the data set's own copy is at hand.
-    """
-    if not CLIP_NAME.fullmatch(path.name):
-        return None
-    fold = read_folds(utils.folder(processed_dir, assets_dir, config.PROCESSED_DIR) / "clips.csv").get(path.name)
-    own = assets_dir / config.DATASET_DIR / "audio" / f"fold{fold}" / path.name
-    is_other = own.is_file() and not filecmp.cmp(own, path, shallow=False)
-    return None if is_other else fold
 
 
 @functools.cache  # one reading for a whole folder of clips
