@@ -31,11 +31,11 @@ def compare(dir_a, dir_b, processed_dir=None):
     ]
     if sorted(runs[0].class_names) != sorted(runs[1].class_names):
         raise UserError(f"{dir_a} and {dir_b} have different classes: {runs[0].class_names}, {runs[1].class_names}")
-    answers = [
+    a, b = (
         pd.DataFrame({"class": np.array(run.class_names)[run.true], "right": run.true == run.predicted}, run.names)
         for run in runs
-    ]
-    both = answers[0].merge(answers[1], left_index=True, right_index=True, suffixes=("_a", "_b"))
+    )
+    both = a.join(b, how="inner", lsuffix="_a", rsuffix="_b")
     if both.empty:
         raise UserError(f"{dir_a} and {dir_b} have no test clip in common: compare runs that share a fold")
     if (is_odd := both["class_a"] != both["class_b"]).any():

@@ -29,22 +29,21 @@ from utils import UserError
 
 FEW_CLIPS = 1000  # with fewer, one of 22,000 cells may come near to the class by chance
 LABEL_SHARE = 0.98  # of a cell's variance that the class explains; 0.39 in 2,148 real clips, 0.92 in the miniature
-SHOWN = 8  # clips of a group, and groups: a data set that is one great copy would fill the screen many times
+SHOWN = 8  # clips with the same features
 REPRODUCED_CLIPS = 32  # clips a fold whose predictions are computed again
 PROBABILITY_TOLERANCE = 1e-3  # between machines
 STATISTICS_TOLERANCE = 1e-3  # dB
 
 
 def duplicates_across_folds(data):
-    """Return a finding for each of the first groups of clips with the same features in more than one fold."""
+    """Return a finding if clips of different folds have the same features; it names the first of them."""
     digests = pd.Series([hashlib.blake2b(np.ascontiguousarray(clip)).digest() for clip in data.features])
-    shared = data.clips[data.clips.groupby(digests)["fold"].transform("nunique") > 1]
-    names = shared["slice_file_name"] + " (fold " + shared["fold"].astype(str) + ")"
-    groups = [list(group) for _, group in names.groupby(digests, sort=False)]
-    shown = [", ".join(group[:SHOWN]) + f" and {len(group) - SHOWN} more" * (len(group) > SHOWN) for group in groups]
-    if len(shown) > SHOWN:
-        shown[SHOWN:] = [f"{len(shown) - SHOWN} more groups of clips"]
-    return [f"the same features are in several folds: {text}" for text in shown]
+    is_shared = data.clips.groupby(digests)["fold"].transform("nunique") > 1
+    if not is_shared.any():
+        return []
+    first = data.clips[is_shared & (digests == digests[is_shared].iloc[0])].head(SHOWN)
+    names = ", ".join(first["slice_file_name"] + " (fold " + first["fold"].astype(str) + ")")
+    return [f"the same features are in several folds, {is_shared.sum()} clips in all, such as {names}"]
 
 
 def cells_that_tell_the_class(data):
@@ -103,16 +102,14 @@ def check_predictions(name, predictions, network, info, data, fold):
         odd = sorted(set(tested) ^ set(own)) or ["one of them twice"]
         return [f"{name} does not test the clips of its fold once each: {len(odd)} differ, such as {odd[0]}"]
     indices = pd.Index(names).get_indexer(tested)  # (tested,)
-    findings = []
     if len(wrong := np.flatnonzero(data.labels[indices] != class_ids)):
-        findings.append(f"{name} has a different classID than the data for {len(wrong)} clips: {tested[wrong[0]]}, ...")
+        return [f"{name} has a different classID than the data for {len(wrong)} clips: {tested[wrong[0]]}, ..."]
     sample = slice(None, None, max(len(tested) // REPRODUCED_CLIPS, 1))
     computed = logits_of(network, data.features[indices[sample]]).softmax(dim=1).numpy()  # (sample, classes)
     off = np.abs(computed - probabilities[sample]).max(axis=1)  # (sample,)
-    if not off.max() <= PROBABILITY_TOLERANCE:
-        worst = tested[sample][int(off.argmax())]
-        findings.append(f"{name} is not what its model predicts: {worst} is {off.max():.3f} off")
-    return findings
+    if off.max() <= PROBABILITY_TOLERANCE:
+        return []
+    return [f"{name} is not what its model predicts: {tested[sample][int(off.argmax())]} is {off.max():.3f} off"]
 
 
 def damaged_checkpoints(folder):
@@ -163,7 +160,7 @@ def report(paths, data=None):
     try:
         findings, looked_at = audit(paths, data)
     except UserError as error:
-        findings, looked_at = [str(error)], []
+        findings = [str(error)]
     for finding in findings:
         print(f"audit: {finding}", file=sys.stderr)
     if not findings:

@@ -18,19 +18,13 @@ from reports import tables
 from utils import UserError
 
 
-def parse_args():
-    parser = utils.make_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="assets folders of trainings, or results/")
-    parser.add_argument("--reference", type=Path, metavar="DIR", help="a run of the recipe whose errors are compared")
-    return parser.parse_args()
-
-
 def read_run(folder):
     """Return (settings without the seed, seed, {fold: accuracy}) of a training. UserError if it has no results."""
-    paths = [path / "results.json" for path in (folder, folder / config.RESULTS_DIR)]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise UserError(f"no results.json in {folder}: name folders in which python train.py has ended")
+    path = (
+        folder / "results.json" if folder.name == config.RESULTS_DIR else folder / config.RESULTS_DIR / "results.json"
+    )
+    if not path.is_file():
+        raise UserError(f"no {path}: name folders in which python train.py has ended")
     results = utils.load_json(path)
     try:
         settings = {**results["run"]["settings"]}
@@ -73,21 +67,23 @@ def make_table(groups, reference=None):
         raise UserError(f"--reference {reference} is none of the runs: name it among them")
     folds = sorted(next(iter(groups[0][2].values())))
     rows = []
-    for error, each, (settings, folders, seeds) in sorted(
-        zip(errors, means, groups, strict=True), key=lambda row: row[0]
-    ):
+    for index in sorted(range(len(groups)), key=errors.__getitem__):
+        settings, folders, seeds = groups[index]
         name = (folders[0].parent if folders[0].name == config.RESULTS_DIR else folders[0]).name
         by_fold = [tables.percent(statistics.mean(run[fold] for run in seeds.values())) for fold in folds]
-        spread = f"{100 * statistics.stdev(each):.1f}" if len(each) > 1 else None
-        change = f"{error / compared - 1:+.0%}" if compared else None
-        name = re.sub(r"_?s\d+$", "", name)
-        rows.append([name, len(seeds), *by_fold, tables.percent(1 - error), spread, change, differences(settings)])
+        spread = f"{100 * statistics.stdev(means[index]):.1f}" if len(seeds) > 1 else None
+        change = f"{errors[index] / compared - 1:+.0%}" if compared else None
+        mean = tables.percent(1 - errors[index])
+        rows.append([re.sub(r"_?s\d+$", "", name), len(seeds), *by_fold, mean, spread, change, differences(settings)])
     header = ["runs", "seeds", *(f"fold {fold}" for fold in folds), "mean", "± seeds", "errors"]
     return tables.table([*header, "different from config.py"], rows, left=(0, len(header)))
 
 
 def main():
-    args = parse_args()
+    parser = utils.make_parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="assets folders of trainings, or results/")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="a run of the recipe whose errors are compared")
+    args = parser.parse_args()
     print(make_table(group_runs(args.runs), args.reference))
 
 

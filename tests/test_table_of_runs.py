@@ -51,7 +51,7 @@ def test_runs_that_can_not_be_compared_are_named(made, tmp_path):
     for folders, named in (
         ([one, two], "tests the folds"),
         ([one, again], "same seed"),
-        ([tmp_path], "no results.json"),
+        ([tmp_path], "results.json: name folders"),
         ([damaged], "lacks settings"),
     ):
         with pytest.raises(UserError, match=named):
