@@ -20,11 +20,10 @@ from utils import UserError
 
 def read_run(folder):
     """Return (settings without the seed, seed, {fold: accuracy}) of a training. UserError if it has no results."""
-    path = (
-        folder / "results.json" if folder.name == config.RESULTS_DIR else folder / config.RESULTS_DIR / "results.json"
-    )
+    path = folder / "results.json"
+    path = path if path.is_file() else folder / config.RESULTS_DIR / "results.json"
     if not path.is_file():
-        raise UserError(f"no {path}: name folders in which python train.py has ended")
+        raise UserError(f"no results.json in {folder}: name folders in which python train.py has ended")
     results = utils.load_json(path)
     try:
         settings = {**results["run"]["settings"]}

@@ -129,7 +129,10 @@ def test_predictions_that_are_not_the_models_are_named(assets, change, named):
     assert named in findings(assets)
 
 
-def test_command_ends_with_1_if_there_is_a_finding(assets, run_script):
+def test_command_ends_with_1_if_there_is_a_finding(assets, monkeypatch, capsys):
     utils.save_pickle(assets / "data" / "class_mapping.pkl", {0: "siren", 1: "dog_bark"})
-    done = run_script("research/audit.py", "--assets_dir", assets)
-    assert done.returncode == 1 and done.stderr.startswith("audit: ") and "class_mapping" in done.stderr
+    monkeypatch.setattr("sys.argv", ["audit", "--assets_dir", str(assets)])
+    with pytest.raises(SystemExit, match="1"):
+        audit.main()
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("audit: ") and "class_mapping" in printed.err

@@ -77,13 +77,13 @@ def test_command_reports_whatever_matplotlibrc_says(tmp_path, run_script):
         assert str(tmp_path / "results" / name) in done.stdout and (tmp_path / "results" / name).is_file()
 
 
-def test_command_compares_and_writes_what_it_prints(tmp_path, run_script):
+def test_command_compares_and_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)
     output = tmp_path / "comparison.md"
-    done = run_script("evaluate.py", "--assets_dir", tmp_path, "--compare", a, b, "--output", output)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--compare", str(a), str(b), "--output", str(output)])
+    evaluate.main()
     text = output.read_text(encoding="utf-8")
-    assert "McNemar" in text and done.stdout.startswith(text)
+    assert "McNemar" in text and capsys.readouterr().out.startswith(text)
     assert not (a / "results.json").exists()
 
 
@@ -161,10 +161,11 @@ def test_tampered_table_is_refused_or_reported(name, tmp_path):
     assert n_refused > 30
 
 
-def test_command_without_predictions_says_what_to_do(tmp_path, run_script):
-    done = run_script("evaluate.py", "--assets_dir", tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: no predictions in {tmp_path / 'results'}: run python train.py first\n"
-    folder = write_run(tmp_path / "results")
-    done = run_script("evaluate.py", "--results_dir", folder, "--processed_dir", tmp_path)
-    assert done.returncode == 2 and "no clips.csv" in done.stderr
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [([], "no predictions in .*results: run python train.py first"), (["--processed_dir", "x"], "no clips.csv in x")],
+)
+def test_command_without_its_files_says_what_to_do(tmp_path, monkeypatch, flags, named):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--assets_dir", str(tmp_path), *flags])
+    with pytest.raises(UserError, match=named):
+        evaluate.main()

@@ -26,7 +26,7 @@ def made(tmp_path):
     return write
 
 
-def test_seeds_are_averaged_and_errors_compared(made, run_script):
+def test_seeds_are_averaged_and_errors_compared(made, monkeypatch, capsys):
     folders = [
         made("plain_s0", [0.5, 0.4], epochs=7, seed=0),
         made("plain_s1", [0.5, 0.6], epochs=7, seed=1),
@@ -34,9 +34,9 @@ def test_seeds_are_averaged_and_errors_compared(made, run_script):
         made("best_s2", [0.7, 0.8], seed=2) / "results",
         made("once", [0.2, 0.2], model="AudioCNN"),
     ]
-    done = run_script("research/table_of_runs.py", *folders, "--reference", folders[1])
-    assert (done.returncode, done.stderr) == (0, "")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    monkeypatch.setattr("sys.argv", ["table_of_runs", *map(str, folders), "--reference", str(folders[1])])
+    table_of_runs.main()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["runs", "seeds", "fold 0", "fold 1", "mean", "± seeds", "errors", "different from config.py"]
     assert rows[2] == ["best", "2", "70.0 %", "70.0 %", "70.0 %", "7.1", "-40%", "as in config.py"]  # of 65 and 75
     assert rows[3] == ["plain", "2", "50.0 %", "50.0 %", "50.0 %", "7.1", "+0%", "epochs 7"]
@@ -51,7 +51,7 @@ def test_runs_that_can_not_be_compared_are_named(made, tmp_path):
     for folders, named in (
         ([one, two], "tests the folds"),
         ([one, again], "same seed"),
-        ([tmp_path], "results.json: name folders"),
+        ([tmp_path], "no results.json"),
         ([damaged], "lacks settings"),
     ):
         with pytest.raises(UserError, match=named):
