@@ -69,15 +69,22 @@ def median_times(*functions):
     return [statistics.median(seconds) for seconds in times]
 
 
+# A small process between: Linux counts the memory of the process that starts another to that one's peak.
+PEAK = """
+import resource, subprocess, sys
+status = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+
+
 def run_command(*command):
     """Run Python with these arguments, from the root; return its peak memory in bytes. UserError if it fails."""
-    command = [sys.executable, *map(str, command)]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise utils.UserError(f"{' '.join(command)} ended with exit status {process.returncode}: see its message above")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    command = [sys.executable, "-c", PEAK, *map(str, command)]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise utils.UserError(f"python {' '.join(command[3:])} failed: see its message above")
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
 # --- Synthetic data ----------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_network_is_the_one_of_the_design(network, training):
     torch.testing.assert_close(network(x), network.view_logits(x).mean(dim=1))
 
 
-@pytest.mark.parametrize("frames", [32, 35, 173, 700])
+@pytest.mark.parametrize("frames", [32, 35, 700])
 def test_network_takes_any_number_of_frames(network, frames):
     x, state = example(3, frames), plain_state(network)
     logits = model.logits_of(network.train(), x.numpy().astype(np.float16))
@@ -285,13 +285,13 @@ def test_absurd_files_are_refused(path):
         refusal(path)
 
 
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
+    LEAVES | st.sampled_from(["F64", "F16", "I64", "BOOL", "F8_E4M3", "F4", "C64"]),  # dtypes of safetensors
     lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=9,
 )
 SIZES = st.lists(st.integers(-1, 2**64) | st.integers(0, 300), max_size=4)
-DTYPES = st.sampled_from(["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X"])
 
 
 def fuzz_bytes(blob, draw):
@@ -301,28 +301,23 @@ def fuzz_bytes(blob, draw):
     return content[: draw(st.just(len(blob)) | st.integers(0, len(blob)))]
 
 
-def fuzz_metadata(blob, draw):
+def fuzz_header(blob, draw):
+    """One value of the audio settings, the metadata, a tensor's entry or the header becomes something else."""
     header, body = header_of(blob)
-    info, key = dict(INFO), draw(st.sampled_from([*INFO, "band_mean"]))
-    info[key] = draw(VALUES)
-    if key == "audio" and draw(st.booleans()):
-        info[key] = {**AUDIO, draw(st.sampled_from([*AUDIO, "x"])): draw(VALUES)}
-    return with_header({**header, "__metadata__": {key: json.dumps(value) for key, value in info.items()}}, body)
+    info = {**INFO, "audio": dict(AUDIO)}
+    changed = draw(st.sampled_from([info["audio"], info, header["logits.bias"], header]))
+    key = draw(st.sampled_from([*changed, "band_mean"]))
+    changed[key] = draw(VALUES | SIZES)
+    if key != "__metadata__":
+        header["__metadata__"] = {key: json.dumps(value) for key, value in info.items()}
+    return with_header(header, body)
 
 
-def fuzz_tensors(blob, draw):
-    header, body = header_of(blob)
-    name = draw(st.sampled_from([*without(header, "__metadata__"), "more"]))
-    part = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
-    entry = {**header.get(name, header["logits.bias"]), part: draw(DTYPES if part == "dtype" else SIZES)}
-    return with_header({**header, name: entry}, body)
-
-
-@pytest.mark.parametrize("fuzz", [fuzz_bytes, fuzz_metadata, fuzz_tensors])
+@pytest.mark.parametrize("fuzz", [fuzz_bytes, fuzz_header])
 def test_fuzzed_file_loads_or_is_refused(fuzz, path):
     blob = path.read_bytes()
 
-    @settings(max_examples=100, derandomize=True, database=None, deadline=None)
+    @settings(max_examples=200, derandomize=True, database=None, deadline=None)
     @given(data=st.data())
     def load(data):
         path.write_bytes(fuzz(blob, data.draw))

@@ -63,7 +63,7 @@ def test_folder_for_each_class_is_trained_reported_and_predicts(folder, run_scri
     assert "5 of 5 folds, 18 of 18 clips: accuracy" in done.stdout and "macro F1" in done.stdout
     assert "audit: nothing found" in done.stdout
     report = (assets / "results" / "report.md").read_text()
-    assert "The 18 clips were cut from 13 recordings" in report and "| beep " in report
+    assert "with every recording counted once, by the mean of its clips," in report and "| beep " in report
     assert "my sounds" in report and "UrbanSound8K" not in report and "foreground" not in report
     results = json.loads((assets / "results" / "results.json").read_text())
     for card in (

@@ -147,12 +147,10 @@ def code_pickles(marker):
     return {
         **{f"os.system, protocol {protocol}": pickle.dumps(call, protocol) for protocol in range(6)},
         "object array": pickle.dumps(np.array([call], object)),
-        "beside an array": pickle.dumps([np.zeros(3), {"a": (call,)}]),
         "function by getattr": start + find + b"\x86R" + argument + b"\x85R.",
         "key of a dictionary": start + b"}" + run + b"Ns.",
         "dtype of an array": start + name("numpy", "dtype") + run + b"\x85R.",
         "__setstate__ by BUILD": start + name("types", "SimpleNamespace") + state + argument + b"b.",
-        "INST": b"(S" + repr(shell).encode() + b"\nios\nsystem\n.",
     }
 
 
@@ -167,25 +165,6 @@ def test_load_pickle_of_code_refuses_it_by_name_and_runs_nothing(tmp_path, label
     with pytest.raises(UserError, match=r"evil\.pkl is refused: it holds [^,]"):
         utils.load_pickle(written(tmp_path / "evil.pkl", data))
     assert not marker.exists()
-
-
-@pytest.mark.parametrize(
-    "module, attribute", [("builtins", "bytearray"), ("numpy", "dtype.type"), ("", ""), ("a\x1b[2Jb", "c\td")]
-)
-def test_load_pickle_with_other_names_refuses_them_without_a_lookup(tmp_path, module, attribute):
-    path = written(tmp_path / "a.pkl", b"\x80\x04" + name(module, attribute) + b")R.")
-    loaded = set(sys.modules)
-    shown = f"{module}.{attribute}".encode("unicode_escape").decode()
-    with pytest.raises(UserError, match=re.escape(f"{path} is refused: it holds {shown}, and")) as caught:
-        utils.load_pickle(path)
-    assert str(caught.value).isprintable()
-    assert set(sys.modules) == loaded
-
-
-@pytest.mark.parametrize("instruction", ["PROTO", "PERSID", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "DICT"])
-def test_load_other_instructions_refuses_them_by_name(instruction):
-    with pytest.raises(safe_pickle.Refused, match=f"the pickle instruction {instruction}$"):
-        load(b"\x80\x05N" + getattr(pickle, instruction) + b"\xff\xff\xff\x7f" * 3)
 
 
 # --- What is not data, or takes much memory -------------------------------------------------------------------------
@@ -204,24 +183,25 @@ def array(memory, shape):
     return name("numpy._core.numeric", "_frombuffer") + b"(" + memory + dtype("f4") + shape + text("C") + b"tR"
 
 
+OTHER_INSTRUCTIONS = "PROTO", "PERSID", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "DICT", "EMPTY_SET", "LONG"
 FIELDS = b"(K\x03" + text("|") + b"N]}t"
 NO_DATA = {
     "BUILD on a function": (SCALAR + b"}" + text("__code__") + b"Nsb", "attributes of a function"),
     "BUILD with a dict": (ARRAY + b"}" + text("array") + b"Nsb", "a _Dict as attributes of a _Array"),
     "BUILD with fields": (dtype("f4") + FIELDS + b"b", "a tuple as attributes of a Float32"),
     "call of a class": (NDARRAY + b")R", "a call of a type"),
-    "call with a list": (DTYPE + b"]R", "a call of a function with a list"),
     "encode by another codec": (ENCODE + text("a") + text("utf-7") + b"\x86R", "_codecs.encode"),
-    "dtype alone": (dtype("f4"), ALONE),
     "array without state": (b"}K\x01" + ARRAY + b"s", ALONE),
     "memory alone": (b"\x96\x01" + bytes(7) + b"x", ALONE),
-    "array as a key": (b"}" + ARRAY + b"Ns", "a _Array as a key"),
     "long integer as a key": (b"}\x8a\x09" + bytes(8) + b"\x01Ns", "a int as a key"),
     "object array": (dtype("O8"), "an array of type 'O8'"),
     "items of 4 GB": (dtype("S4294967295"), "an array of type 'S4294967295'"),
+    "name of a builtin": (name("builtins", "bytearray") + b")R", "it holds builtins.bytearray, and"),
+    "name with a dot": (name("numpy", "dtype.type"), "it holds numpy.dtype.type, and"),
+    "name with an escape": (name("a\x1b[2Jb", "c\td"), "it holds a\\x1b[2Jb.c\\td, and"),
+    **{code: (b"N" + getattr(pickle, code), f"the pickle instruction {code}") for code in OTHER_INSTRUCTIONS},
     "something after its end": (b"N.N", "something after its end"),
     "long text": (b"X\x01\x04\x00\x00" + b"x" * 1025, "text of 1025 bytes"),
-    "long text of numpy": (dtype("U300"), "an array of type 'U300'"),
 }
 
 
@@ -231,19 +211,22 @@ def laughs(start, end):
     return b"(" + start + end + b"\x94" + b"".join(twice) + b"t"
 
 
+def many_calls(function, arguments):
+    """Instructions for a list of 30,000 calls with the same two arguments."""
+    return b"](" + function + b"\x94" + arguments + b"\x86\x94R" + b"h\x00h\x01R" * 30_000 + b"e"
+
+
 def bombs():
-    """{label: (instructions, part of the reason, None if the file opens)}: short files that ask for much."""
+    """{label: (instructions, part of the reason, empty if the file opens)}: short files that ask for much."""
     huge = struct.pack("<Q", 2**62)
     page = b"B" + struct.pack("<I", 50_000) + bytes(50_000) + b"\x94"  # memo 0
     buffer = b"\x96" + struct.pack("<Q", 20_000_000) + bytes(20_000_000)
-    scalar = SCALAR + b"\x94" + dtype("U256") + b"B\x00\x04\x00\x00" + "😀".encode("utf-32-le") * 256 + b"\x86\x94"
-    latin = b")X\x00\x04\x00\x00" + b"a" * 1024 + LATIN  # not right after the function, where it would be bytes
-    encoded = ENCODE + b"\x94" + latin + b"\x86\x94"
+    scalar = dtype("U256") + b"B\x00\x04\x00\x00" + "😀".encode("utf-32-le") * 256
+    latin = b"X" + struct.pack("<I", 1_000_000) + b"a" * 1_000_000 + LATIN
     emoji = b"X" + struct.pack("<I", 40_000_000) + b"a" * 39_999_996 + "😀".encode()
     return {
-        "memo index of 4 billion": (b"K\x01r\xff\xff\xff\xff", None),
+        "memo index of 4 billion": (b"K\x01r\xff\xff\xff\xff", ""),
         "memory of 4 exabytes": (b"\x96" + huge, "EOFError"),
-        "bytes of 4 GB, protocol 2": (ENCODE + b"X\xff\xff\xff\xff", "EOFError"),
         "name without end": (b"c" + b"a" * 10_000_000, "it holds aaaa"),
         "array larger than its memory": (array(b"C\x04abcd", b"\x8a\x08" + huge + b"\x85"), "cannot reshape"),
         "lists, 45,000 deep": (b"]" * 45_000 + b"a" * 44_999, "RecursionError"),
@@ -251,19 +234,18 @@ def bombs():
         "laughs, tuples": (laughs(b"(", b"t"), "more than 200000"),
         "laughs as a key": (b"}" + laughs(b"(", b"t") + b"Ns", "a tuple as a key"),
         "laughs as an index": (array(b"C\x04abcd", b"K\x01\x85") + laughs(b"](", b"e") + b"Ns", "TypeError"),
-        "one page, many times": (page + b"](" + b"h\x00" * 45_000 + b"e\x86", None),
-        "one scalar, many times": (scalar + b"](" + b"h\x00h\x01R" * 30_000 + b"e\x87", ALONE),
-        "one encoding, many times": (encoded + b"](" + b"h\x00h\x01R" * 30_000 + b"e", "something after its end"),
+        "one page, many times": (page + b"](" + b"h\x00" * 45_000 + b"e\x86", ""),
+        "one scalar, many times": (many_calls(SCALAR, scalar), ""),
+        "one encoding, many times": (many_calls(ENCODE, latin), ""),
         "memory as arguments": (DTYPE + buffer + b"R", "a call of a function with a memoryview"),
         "memory as a shape": (array(b"C\x00", buffer), "without type or shape"),
         "text that grows fourfold": (ENCODE + emoji + LATIN + b"\x86R", "text of 40000000 bytes"),
     }
 
 
-# Loads each file in its own process. Prints what that adds to the peak of its memory (MB), and the error.
+# Loads each file in a process of its own. Prints what that adds to the peak of its memory (MB), and the error.
 LOADER = """
-import json, os, resource, sys
-import utils
+import json, os, resource, sys, utils
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
@@ -273,7 +255,7 @@ for path in sys.argv[2:]:
     if os.fork():
         os.wait()
         continue
-    before, error = peak(), None
+    before, error = peak(), ""
     try:
         value = utils.load_pickle(path, memory_map=sys.argv[1] == "map")
     except utils.UserError as refusal:
@@ -284,7 +266,7 @@ for path in sys.argv[2:]:
 
 
 def load_measured(how, paths):
-    """[(peak in MB, error or None)] that loading each file adds."""
+    """[(peak in MB, error or "")] that loading each file adds."""
     if sys.platform != "linux":
         pytest.skip("memory is in Linux' units")
     command = [sys.executable, "-c", LOADER, how, *map(str, paths)]
@@ -298,17 +280,16 @@ def test_load_pickle_of_no_data_refuses_it_in_five_times_the_file_and_100_mb(tmp
     measured = load_measured("read", paths)
     for (label, (_, reason)), path, (peak, error) in zip(cases.items(), paths, measured, strict=True):
         assert peak < 5 * path.stat().st_size / 1e6 + 100, label
-        assert error is None if reason is None else reason in error, f"{label}: {error}"
+        assert reason in error if reason else not error, f"{label}: {error}"
+        assert error.isprintable()
 
 
 def test_load_pickle_of_an_array_takes_the_memory_of_its_file_or_none_if_mapped(tmp_path):
     features = np.random.default_rng(0).integers(0, 99, (20_000, 1000)).astype(np.float16)  # 40 MB
     paths = [written(tmp_path / f"{protocol}.pkl", pickle.dumps(features, protocol)) for protocol in PROTOCOLS]
-    for path, (peak, error) in zip(paths, load_measured("read", paths), strict=True):
-        assert error is None
-        assert 38 < peak < (200 if path.stem == "2" else 48)
-    [(peak, error)] = load_measured("map", paths[-1:])
-    assert (error, peak < 10) == (None, True)
+    peaks = [peak for peak, _ in load_measured("read", paths)]
+    assert min(peaks) > 38 and peaks[0] < 200 and max(peaks[1:]) < 48
+    assert load_measured("map", paths[-1:])[0][0] < 10
 
 
 # --- Damage ---------------------------------------------------------------------------------------------------------
@@ -328,12 +309,8 @@ def test_load_pickle_of_no_whole_pickle_names_the_file(tmp_path, data, reason):
     path = written(tmp_path / "a.pkl", data)
     with pytest.raises(UserError, match=f"{re.escape(str(path))} is .*{reason}"):
         utils.load_pickle(path)
-
-
-def test_load_pickle_of_no_file_or_a_folder_names_it(tmp_path):
-    for path in (tmp_path / "none.pkl", tmp_path):
-        with pytest.raises(UserError, match=f"can't read {re.escape(str(path))}"):
-            utils.load_pickle(path)
+    with pytest.raises(UserError, match=f"can't read {re.escape(str(tmp_path))}"):
+        utils.load_pickle(tmp_path)
 
 
 def instructions_of(data):
@@ -342,8 +319,8 @@ def instructions_of(data):
     return [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)], strict=True)]
 
 
-PICKLES = [*HONEST * 8, *code_pickles("x").values(), *(b"\x80\x05" + data + b"." for data, _ in NO_DATA.values())]
-SEEDS = [instructions_of(data) for data in PICKLES]
+SEEDS = [instructions_of(data) for data in [*HONEST * 8, *code_pickles("x").values()]]
+SEEDS += [[b"\x80\x05", data, b"."] for data, _ in NO_DATA.values()]
 POOL = [part for seed in SEEDS for part in seed]
 EVENTS = []  # what would be code: the names of its audit events
 
