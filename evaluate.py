@@ -35,7 +35,7 @@ def compare(dir_a, dir_b, processed_dir=None):
         pd.DataFrame({"class": np.array(run.class_names)[run.true], "right": run.true == run.predicted}, run.names)
         for run in runs
     )
-    both = a.join(b, how="inner", lsuffix="_a", rsuffix="_b")
+    both = a.merge(b, left_index=True, right_index=True, suffixes=("_a", "_b"))
     if both.empty:
         raise UserError(f"{dir_a} and {dir_b} have no test clip in common: compare runs that share a fold")
     if (is_odd := both["class_a"] != both["class_b"]).any():

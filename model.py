@@ -176,11 +176,6 @@ def logits_of(network, features, precision="float32"):
     return logits
 
 
-def count_parameters(network):
-    """Return how many numbers training adjusts."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 # --- The model file ----------------------------------------------------------------------------------------------
 
 INFO_KINDS = {"model": str, "class_names": list, "class_ids": list, "audio": dict}  # what every file must have

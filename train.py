@@ -307,24 +307,10 @@ def resume(fold, settings):
         return
     model.check_state(f"{fold.folder} (--fresh starts again)", fold.newest["model"], fold.network.state_dict())
     fold.network.load_state_dict(fold.newest["model"])
-    load_optimizer(fold.optimizer, fold.newest["optimizer"], fold.folder)
+    checkpoint.load_optimizer(fold.optimizer, fold.newest["optimizer"], fold.folder)
     checkpoint.follow_up(fold.folder, fold.newest, fold.info)
     if fold.newest["epoch"] < settings["epochs"]:
         print(f"fold {fold.number}: resuming after epoch {fold.newest['epoch']} of {settings['epochs']}")
-
-
-def load_optimizer(optimizer, saved, where):
-    """Load AdamW's moments. UserError if they do not fit the weights: it would read memory that is not theirs."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    expected = [[("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())] for p in parameters]
-    try:
-        moments = [sorted((name, t.shape) for name, t in saved["state"][i].items()) for i in range(len(parameters))]
-        is_float = all(t.dtype == torch.float32 for each in saved["state"].values() for t in each.values())
-    except (AttributeError, KeyError, TypeError):
-        moments = is_float = None
-    if moments != expected or not is_float:
-        raise UserError(f"the optimizer's state in {where} does not fit the network: --fresh starts again")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
 
 
 def train_fold(fold, settings, run, services):

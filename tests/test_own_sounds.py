@@ -223,7 +223,7 @@ def test_class_of_few_groups_is_named_with_what_that_means(tmp_path, capsys, mon
             path = tmp_path / class_name / f"{name}.wav"
             path.parent.mkdir(exist_ok=True)
             path.touch()
-    with pytest.raises(UserError, match="the files of class 'c' are one group.* --group_by file"):
+    with pytest.raises(UserError, match=r"the files of class 'c' are one group.* --group_by file"):
         data_loader.read_dataset(tmp_path)
     data_loader.read_dataset(tmp_path, group_by="file")
     assert "note: b: fewer groups than the 5 folds, so some folds do not test them" in capsys.readouterr().out

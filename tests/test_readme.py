@@ -119,6 +119,8 @@ def provide_recordings(block, project):
     names = re.findall(rf"(?<![\w/.~-])(?:[\w-]+/)*[\w.-]+\.(?:{FORMATS})\b", text)
     for folder in re.findall(r"(?<![\w/.~-])((?:[\w-]+/)+)(?:\*\S*)?(?=[\s'\"]|$)", text):
         names += [f"{folder}{number}.wav" for number in (1, 2)]
+    if "--data_dir my_sounds" in text:
+        names += [f"my_sounds/{name}/{letter}.wav" for name in ("siren", "dog") for letter in "abcdef"]
     rate = 22_050  # Hz
     noise = np.random.default_rng(0).normal(0, 0.1, 9 * rate)
     for path in (project / name for name in names):
