@@ -176,7 +176,7 @@ def open_audio(path, max_hours=None):
     if not path.exists():
         raise UserError(f"no such file: {path}")
     if not path.is_file():
-        raise UserError(f"{path} is no regular file: cat {path} | python predict.py -")
+        raise UserError(f"{path} is no regular file: name a recording, or pipe it: cat FILE | python predict.py -")
     with contextlib.ExitStack() as stack:
         descriptor = stack.enter_context(open(path, "rb", buffering=0)).fileno()
         try:

@@ -30,6 +30,7 @@ NEEDED_COLUMNS = ["slice_file_name", "fold", "classID", "class"]
 # Of clips.csv. A recording is a file of other data sets; a group is what has to be in one fold; start and end are s.
 KNOWN_COLUMNS = [*CLIP_COLUMNS, "recording", "group"]
 MAX_NAME = 255  # bytes of a file name
+MAX_SECONDS = 1e6  # s; of a time in a recording
 PIECE_NUMBERS = re.compile(r"([ ._-]+\(?\d+\)?)+$|(?<=[^\W\d])\d+$")  # of dog-01, dog (3), dog12, 165645-4-1-0
 
 
@@ -103,11 +104,11 @@ def read_metadata_table(folder):
     check_rows(path, names, labels != "", "has no label")
     is_odd = folders.isin(set(labels)) & (folders != labels)
     check_rows(path, names, ~is_odd, "is in the folder of a class that is not its label")
-    for column in ("start", "end"):
-        if column in rows:
-            seconds = pd.to_numeric(rows[column], errors="coerce")
-            check_rows(path, rows[column], (seconds >= 0) | (rows[column] == ""), "is no time in s")
     clips = rows.reindex(columns=["start", "end"], fill_value="").assign(recording=names)
+    start, end = (pd.to_numeric(clips[column], errors="coerce") for column in ("start", "end"))
+    check_rows(path, clips["start"], start.between(0, MAX_SECONDS) | (clips["start"] == ""), "is no time in s")
+    is_end = end.between(0, MAX_SECONDS) & (end > start.fillna(0))
+    check_rows(path, clips["end"], is_end | (clips["end"] == ""), "is no time in s after the start")
     clips["class"], clips["path"] = labels, [folder / name for name in names]
     parts = names + ("@" + clips["start"]).where(clips["start"] != "", "")
     check_rows(path, parts, ~parts.duplicated(), "is listed already")
@@ -142,6 +143,9 @@ def read_class_folders(folder):
 
 def check_classes(folder, clips):
     """Raise a UserError for one class, a class in two spellings, or a class with one file."""
+    for text in (*clips["class"].unique(), *clips["slice_file_name"]):
+        if not text.isprintable():
+            raise UserError(f"{folder}: {utils.one_line(text)!r} is no printable name: rename it")
     files = clips.groupby("class")["recording"].nunique()
     if len(files) < 2:
         raise UserError(
@@ -170,6 +174,8 @@ def assign_folds(clips, n_folds):
     """
     from sklearn.model_selection import StratifiedGroupKFold  # takes a second to import
 
+    if not 2 <= n_folds <= utils.MAX_FOLDS:
+        raise UserError(f"N_FOLDS is {n_folds} in config.py: it must be from 2 to {utils.MAX_FOLDS}")
     groups = clips.groupby("class")["group"].nunique()
     remedy = "add recordings, name groups in metadata.csv, or use --group_by file if the files are independent"
     if groups.min() < 2:

@@ -265,7 +265,7 @@ def report_left_out(left_out, allow_missing):
     if left_out and not allow_missing:
         raise UserError(
             f"{len(left_out)} of the metadata's clips, named above, can't be used, and nothing was written: get them "
-            "again (python download_data.py --force), or leave them out with --allow_missing"
+            "again (python download_data.py --force), remove them, or leave them out with --allow_missing"
         )
 
 

@@ -204,6 +204,16 @@ def write_table(folder, *rows, header="file_name,label"):
             "line 2: start 'x' is no time in s",
         ),
         (
+            lambda f: write_table(f, "a.wav,a,inf", header="file_name,label,start"),
+            "line 2: start 'inf' is no time in s",
+        ),
+        (
+            lambda f: write_table(f, "a.wav,a,3,1", header="file_name,label,start,end"),
+            "line 2: end '1' is no time in s after the start",
+        ),
+        (lambda f: (f / "hum").rename(f / "h\x1bm"), r"'h\?m' is no printable name: rename it"),
+        (lambda f: (f / "hum" / "x.WAV").rename(f / "hum" / "x\udcff.wav"), r"'hum/x\?.wav' is no printable name"),
+        (
             lambda f: write_table(
                 f, "a.wav,a,1,g", "b.wav,a,2,g", "c.wav,b,1,h", "d.wav,b,2,i", header="file_name,label,fold,group"
             ),
@@ -227,6 +237,9 @@ def test_class_of_few_groups_is_named_with_what_that_means(tmp_path, capsys, mon
         data_loader.read_dataset(tmp_path)
     data_loader.read_dataset(tmp_path, group_by="file")
     assert "note: b: fewer groups than the 5 folds, so some folds do not test them" in capsys.readouterr().out
+    monkeypatch.setattr(config, "N_FOLDS", 11)
+    with pytest.raises(UserError, match=r"N_FOLDS is 11 in config\.py: it must be from 2 to 10"):
+        data_loader.read_dataset(tmp_path, group_by="file")
     monkeypatch.setattr(config, "N_FOLDS", 10)
     with pytest.raises(UserError, match="no class has as many groups as there are folds, 10: lower N_FOLDS"):
         data_loader.read_dataset(tmp_path, group_by="file")
