@@ -202,14 +202,16 @@ def atomic_write(path, mode="wb"):
     Survives kill -9 and, through fsync of file and folder, power loss. Each process has a temporary name of its own, so
     that two writers of one file never mix.
     """
-    path = Path(path)
+    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
+    encoding = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe, such as /dev/stdout
+        with naming(path), open(path, mode, **encoding) as file:
+            yield file
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
-        with (
-            naming(path),
-            open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file,
-        ):
+        with naming(path), open(temporary, mode, **encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -180,6 +180,18 @@ for number in range(200):
 """
 
 
+def test_atomic_write_to_a_pipe_or_a_link_leaves_it_what_it_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True) as reader:
+        with utils.atomic_write(tmp_path / "pipe", "w") as file:
+            file.write("text")
+        assert reader.communicate()[0] == "text" and (tmp_path / "pipe").is_fifo()
+    with utils.atomic_write(tmp_path / "link", "w") as file:
+        file.write("text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
+
+
 def test_writers_of_one_file_at_once_never_mix(tmp_path):
     writers = [start(WRITE_OFTEN, tmp_path / "a.json") for _ in range(3)]
     while any(writer.poll() is None for writer in writers):
