@@ -143,12 +143,18 @@ def load_optimizer(optimizer, saved, where):
     expected = [[("exp_avg", p.shape), ("exp_avg_sq", p.shape), ("step", ())] for p in parameters]
     try:
         moments = [sorted((name, t.shape) for name, t in saved["state"][i].items()) for i in range(len(parameters))]
-        is_float = all(t.dtype == torch.float32 for each in saved["state"].values() for t in each.values())
+        tensors = [tensor for each in saved["state"].values() for tensor in each.values()]
+        is_float = all(tensor.dtype == torch.float32 for tensor in tensors)
     except (AttributeError, KeyError, TypeError):
         moments = is_float = None
     if moments != expected or not is_float:
         raise UserError(f"the optimizer's state in {where} does not fit the network: --fresh starts again")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+    state = {}
+    for index, parameter in enumerate(parameters):  # in memory of their own, laid out as the weights are
+        own = {name: torch.empty_like(parameter, device="cpu") for name in ("exp_avg", "exp_avg_sq")}
+        own["step"] = torch.empty(())
+        state[index] = {name: tensor.copy_(saved["state"][index][name]) for name, tensor in own.items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 # --- training_state.json -----------------------------------------------------------------------------------------

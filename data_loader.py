@@ -319,6 +319,7 @@ def names_digest(clips, indices):
 
 # --- Processed files ---------------------------------------------------------------------------------------------
 
+NEW_FILES = ".new_processed_files"  # folder of files that are not whole yet; it is removed, so no name of a user's
 PROCESSED_FILES = ["features.pkl", "labels.pkl", "folds.pkl", "class_mapping.pkl", "clips.csv", "features.json"]
 CHECKED_BYTES = 1 << 24  # of the features, in one part of their fingerprint
 
@@ -354,7 +355,7 @@ def replacing(folder):
 
     All are written before the first is renamed: a disk that fills leaves the old ones.
     """
-    new = Path(folder) / "new"
+    new = Path(folder) / NEW_FILES
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
     try:
         yield new

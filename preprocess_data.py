@@ -156,7 +156,7 @@ def main():
     kind, clips = data_loader.read_dataset(data_dir, args.group_by)
     print_found(data_dir, kind, clips)
     with utils.only_one(output_dir, "preprocess_data.py"):
-        data_loader.install(output_dir / "new", output_dir)  # what a kill has cut short
+        data_loader.install(output_dir / data_loader.NEW_FILES, output_dir)  # what a kill has cut short
         if not args.overwrite and (stored := clips_stored(output_dir, clips, args.allow_missing)):
             count = f"all {stored}" if stored == len(clips) else f"{stored} of {len(clips)}"
             print(f"Nothing to do: {output_dir} holds the features of {count} clips (--overwrite: again)")

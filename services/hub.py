@@ -122,7 +122,7 @@ def fetch_processed(folder, repo_id):
     UserError names the repository, the reason and the remedy. Of several processes one fetches, and the others wait
     for it. What one that was killed has fetched is not fetched again.
     """
-    what, partial = f"can't fetch the data set {repo_id} from the Hub", folder / "fetching"
+    what, partial = f"can't fetch the data set {repo_id} from the Hub", folder / ".fetching"
     with failures(what, "; or run python preprocess_data.py"), utils.try_lock(folder / ".hub.lock", wait=True):
         if (folder / "features.json").is_file():  # by now: another process has fetched them
             return

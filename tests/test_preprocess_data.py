@@ -168,6 +168,17 @@ def test_kaggles_flat_layout_and_a_byte_order_mark_are_read(dataset, preprocess,
     assert contents(tmp_path / "processed") == official
 
 
+def test_users_own_folder_in_the_output_folder_stays(dataset, preprocess, tmp_path):
+    folder, _ = dataset(2)
+    for name in ("new", "fetching"):
+        (tmp_path / "processed" / name).mkdir(parents=True)
+        (tmp_path / "processed" / name / "mine.txt").write_text("precious")
+    preprocess(folder)
+    preprocess(folder, "--overwrite")
+    assert (tmp_path / "processed" / "new" / "mine.txt").read_text() == "precious"
+    assert (tmp_path / "processed" / "fetching" / "mine.txt").is_file()
+
+
 def test_second_run_has_nothing_to_do_and_reads_no_clip(miniature, processed, tmp_path, preprocess):
     shutil.copytree(processed[0], tmp_path / "processed")
     shutil.copytree(miniature / "metadata", tmp_path / "UrbanSound8K" / "metadata")  # the clips are not even there
@@ -289,7 +300,7 @@ def at_work(flags, folder):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes, start_new_session=True) as process:
         try:
-            while process.poll() is None and not (folder / "new").is_dir():
+            while process.poll() is None and not (folder / data_loader.NEW_FILES).is_dir():
                 time.sleep(0.02)
             yield process
         finally:
@@ -365,15 +376,15 @@ def test_kill_while_writing_leaves_the_old_set_or_one_that_the_next_run_complete
     write_rows(folder, rows[:1])
     preprocess(folder)
     write_rows(folder, rows)
-    for place in ("new", "processed"):
+    for place in (data_loader.NEW_FILES, "processed"):
         command = [sys.executable, "-c", KILLED_AT, name, place, "--data_dir", folder, "--output_dir", output]
         done = subprocess.run([*command, "--overwrite"], cwd=REPOSITORY, capture_output=True)
         assert done.returncode == -signal.SIGKILL
-        if place == "new" or name == "features.pkl":
+        if place != "processed" or name == "features.pkl":
             assert len(data_loader.load_processed(output).labels) == 1
         else:
             with pytest.raises(UserError, match="is not one complete set"):
                 data_loader.load_processed(output)
     assert "Nothing to do" in preprocess(folder).out
     assert len(data_loader.load_processed(output).labels) == 2
-    assert not (output / "new").exists()
+    assert not (output / data_loader.NEW_FILES).exists()

@@ -434,6 +434,21 @@ def forge_shape(state):
     state[0]["exp_avg"] = torch.zeros(1)
 
 
+def forge_strides(state):
+    state[0]["exp_avg"] = torch.zeros(1).expand(state[0]["exp_avg"].shape)  # one number in memory
+
+
+def test_moments_that_share_memory_get_their_own(assets, run_train):
+    undo_fold(assets, 0, 2)
+    path = assets / "checkpoints" / "fold_0" / "epoch_2.pt"
+    content = checkpoint.read_pt(path)
+    forge_strides(content["optimizer"]["state"])
+    checkpoint.write_pt(path, content)
+    done = run_train(assets)
+    assert done.returncode == 0, done.stderr
+    assert epoch_lines(done.stdout) == [(0, 3)]
+
+
 def forge_type(state):
     state[0]["exp_avg_sq"] = state[0]["exp_avg_sq"].to(torch.int8)
 
