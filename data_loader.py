@@ -6,7 +6,6 @@ data sets. To add a kind: a function here that returns its table. Nothing here i
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import re
 import shutil
@@ -116,9 +115,7 @@ def read_metadata_table(folder):
     if "group" in rows:
         clips["group"] = rows["group"].where(rows["group"] != "", names)
     if "fold" in rows:
-        check_rows(path, rows["fold"], rows["fold"].str.fullmatch(r"\s*\d{1,9}\s*"), "is not a whole number")
-        clips["fold"] = rows["fold"].astype(np.int64)
-        check_rows(path, rows["fold"], clips["fold"].between(1, utils.MAX_FOLDS), f"is outside 1 to {utils.MAX_FOLDS}")
+        clips["fold"] = fold_numbers(path, rows["fold"])
     return clips.reset_index(drop=True)
 
 
@@ -265,11 +262,9 @@ def check_clips(path, clips):
     UserError names the line (as an editor counts them) and what is wrong with it: a fold outside 1 to 10, a classID
     with two names, a clip listed twice, a file name that leaves its folder.
     """
-    clips = clips[[column for column in KNOWN_COLUMNS if column in clips]].copy()
-    for column in ("fold", "classID"):
-        check_rows(path, clips[column], clips[column].str.fullmatch(r"\s*\d{1,9}\s*"), "is not a whole number")
-        clips[column] = clips[column].astype(np.int64)
-    check_rows(path, clips["fold"], clips["fold"].between(1, utils.MAX_FOLDS), f"is outside 1 to {utils.MAX_FOLDS}")
+    clips = known_columns(clips).copy()
+    clips["fold"] = fold_numbers(path, clips["fold"])
+    clips["classID"] = whole_numbers(path, clips["classID"])
     names = clips["slice_file_name"]
     check_rows(path, names, names.map(is_file_name), "is no path within the folder")
     check_rows(path, names, ~names.duplicated(), "is listed already")
@@ -278,6 +273,24 @@ def check_clips(path, clips):
         first = clips.groupby(key)[column].transform("first")
         check_rows(path, clips[column], clips[column] == first, f"has a {key} that has a different {column} above")
     return clips.reset_index(drop=True)
+
+
+def known_columns(clips):
+    """Return those of KNOWN_COLUMNS that a table has, in their order."""
+    return clips[[column for column in KNOWN_COLUMNS if column in clips]]
+
+
+def whole_numbers(path, column):
+    """Return a column of text as int64. UserError names the line of what is none."""
+    check_rows(path, column, column.str.fullmatch(r"\s*\d{1,9}\s*"), "is not a whole number")
+    return column.astype(np.int64)
+
+
+def fold_numbers(path, column):
+    """Return a column of folds, 1 to MAX_FOLDS, as int64. UserError names the line of what is none."""
+    folds = whole_numbers(path, column)
+    check_rows(path, folds, folds.between(1, utils.MAX_FOLDS), f"is outside 1 to {utils.MAX_FOLDS}")
+    return folds
 
 
 def check_rows(path, column, is_right, fault):
@@ -297,12 +310,12 @@ def is_file_name(name):
 
 def table_text(clips):
     """Return the content of clips.csv."""
-    return clips[[column for column in KNOWN_COLUMNS if column in clips]].to_csv(index=False, lineterminator="\n")
+    return known_columns(clips).to_csv(index=False, lineterminator="\n")
 
 
 def listing_digest(clips):
     """Return a short hash of a data set's table, by which preprocessing knows what it has done already."""
-    return hashlib.blake2b(table_text(clips).encode(errors="replace"), digest_size=8).hexdigest()
+    return utils.digest(table_text(clips).encode(errors="replace"))
 
 
 def class_mapping(clips):
@@ -314,7 +327,7 @@ def class_mapping(clips):
 def names_digest(clips, indices):
     """Return a short hash of the file names of the clips at `indices`, whatever their order."""
     names = sorted(clips["slice_file_name"].iloc[indices])
-    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest()
+    return utils.digest("\n".join(names).encode())
 
 
 # --- Processed files ---------------------------------------------------------------------------------------------
@@ -416,7 +429,7 @@ def fingerprint(features, labels, folds):
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         for start in range(0, content.size, CHECKED_BYTES):
             checksums.append(zlib.crc32(content[start : start + CHECKED_BYTES]))
-    return hashlib.blake2b(repr(checksums).encode(), digest_size=8).hexdigest()
+    return utils.digest(repr(checksums).encode())
 
 
 def load_processed(folder):

@@ -56,7 +56,7 @@ def choose_clips(clips, class_name=None, fold=None):
 def keep_testable(clips, model_dir):
     """Return the clips whose fold has a model, after a line about the others. UserError if none has one."""
     folds = sorted(set(clips["fold"] - 1))
-    missing = [fold for fold in folds if fold not in folds_in(model_dir)]
+    missing = sorted({*folds} - {*folds_in(model_dir)})
     names = ",".join(map(str, missing))
     if missing == folds:
         raise UserError(f"{model_dir} lacks the model of fold {names}: python train.py --folds {names} makes it")

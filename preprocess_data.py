@@ -236,8 +236,8 @@ def write_features(folder, recordings, audio, workers):
 
     clips: a row of `recordings` for each clip, in the order of the features.
     """
-    is_whole = "recording" not in recordings or "start" not in recordings  # UrbanSound8K's and ESC-50's are clips
-    parts = [None] * len(recordings) if is_whole else zip(recordings["start"], recordings["end"], strict=True)
+    is_cut = {"recording", "start", "end"} <= {*recordings}  # UrbanSound8K's and ESC-50's files are clips as they are
+    parts = zip(recordings["start"], recordings["end"], strict=True) if is_cut else [None] * len(recordings)
     tasks = list(zip(recordings["path"], parts, strict=True))
     rows, starts, ends, unreadable = [], [], [], {}
     with data_loader.features_writer(folder, audio) as append:
@@ -252,7 +252,7 @@ def write_features(folder, recordings, audio, workers):
                 starts.append(start)
                 ends.append(end)
     clips = recordings.iloc[rows].reset_index(drop=True)
-    if not is_whole:
+    if is_cut:
         names = clips["recording"] + [f"@{start:.2f}" for start in starts]
         clips = clips.assign(slice_file_name=names, start=np.round(starts, 3), end=np.round(ends, 3))
     return clips, unreadable

@@ -148,8 +148,8 @@ def learning_rate_at(step, total_steps, settings):
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def class_weights(targets, settings):
-    """Return the weight of each class in the loss, (classes,), or None where all are 1.
+def class_weights(targets, settings, device):
+    """Return the weight of each class in the loss, (classes,) on the device, or None where all are 1.
 
     targets: (clips, classes) one-hot, of the training clips. "balanced" is clips / (classes * clips of the class), so
     that each class has the same share of the loss; King and Zeng 2001, and scikit-learn's class_weight.
@@ -157,7 +157,7 @@ def class_weights(targets, settings):
     if settings["class_weights"] == "none":
         return None
     counts = targets.sum(dim=0)  # (classes,)
-    return counts.sum() / (len(counts) * counts.clamp(min=1))
+    return (counts.sum() / (len(counts) * counts.clamp(min=1))).to(device)
 
 
 def train_step(network, optimizer, inputs, targets, settings, weights=None):
@@ -191,8 +191,6 @@ def train_epoch(fold, epoch, settings):
     seed_parts = settings["seed"], fold.number, epoch
     plan = augment.plan_epoch(fold.training, features.shape[1:], settings, seed_parts, features.device)
     statistics = network.band_mean.to(features.device), network.band_std.to(features.device)
-    weights = class_weights(fold.targets[torch.from_numpy(fold.training).to(features.device)], settings)
-    weights = None if weights is None else weights.to(fold.device)
     torch.manual_seed(utils.derive_seed("dropout", *seed_parts))
     network.train()
     losses, correct, rates = [], [], []
@@ -203,7 +201,7 @@ def train_epoch(fold, epoch, settings):
             group["lr"] = rates[-1]
         examples = augment.training_batch(features, fold.targets, statistics, plan[batch], settings)
         inputs, targets = (tensor.to(fold.device, non_blocking=True) for tensor in examples)
-        loss, logits = train_step(network, optimizer, inputs, targets, settings, weights)
+        loss, logits = train_step(network, optimizer, inputs, targets, settings, fold.weights)
         losses.append(loss * len(inputs))
         correct.append((logits.argmax(1) == targets.argmax(1)).sum())
     losses = torch.stack(losses).tolist()  # the epoch's one wait for the device
@@ -249,6 +247,7 @@ class Fold:
     device: torch.device  # of the network
     info: dict  # metadata of its model files
     folder: Path  # of its checkpoints
+    weights: torch.Tensor | None  # (classes,) in the loss, see `class_weights`
     newest: dict | None = None  # checkpoint
 
     def logits(self, indices, precision="float32"):
@@ -296,8 +295,11 @@ def make_fold(number, data, features, settings, run, device):
         "source": data.info["source"],
     }
     optimizer, folder = make_optimizer(network, settings), checkpoint.fold_dir(run.paths.checkpoints, number)
+    weights = class_weights(targets[training], settings, device)
     targets = targets.to(features.device)
-    return Fold(number, training, validation, test, features, targets, network, optimizer, device, info, folder)
+    return Fold(
+        number, training, validation, test, features, targets, network, optimizer, device, info, folder, weights
+    )
 
 
 def resume(fold, settings):

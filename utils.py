@@ -320,9 +320,14 @@ def process_count():
     return max([1, *(int(text) for text in texts if re.fullmatch(r"[0-9]{1,6}", text))])
 
 
+def digest(data):
+    """Return a short hash of bytes, 16 hexadecimal digits: it finds damage and differences, not forgery."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
 def file_digest(path):
-    """Return a digest of a file's contents, or None if there is no such file."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest() if path.is_file() else None
+    """Return the digest of a file's contents, or None if there is no such file."""
+    return digest(path.read_bytes()) if path.is_file() else None
 
 
 def save_json(path, value):

@@ -79,12 +79,13 @@ class Tracker:
         """Begin or continue the run of a 0-indexed fold; history: rows of the epochs trained before a resume."""
         self._start(f"fold-{number}", {"fold": number})
         for row in history:  # what a kill has kept from it; wandb ignores the epochs that it has
-            self._log(row)
+            self.log_epoch(row)
 
     @never_raises
     def log_epoch(self, row):
         """Log an epoch's row of the history. Call it after the checkpoint, which a kill does not undo."""
-        self._log(row)
+        values = {name: value for name, value in row.items() if value is not None}
+        self.run.log(values, step=row["epoch"], commit=True)  # without commit it waits for the next epoch
 
     @never_raises
     def end_fold(self, fold, paths, scores):
@@ -180,10 +181,6 @@ class Tracker:
     def _go_offline(self, reason):
         self.mode, folder = "offline", self.folder.rstrip("/")
         print(f"Weights & Biases: {reason}, so the runs stay in {folder}; `wandb sync {folder}` sends them", flush=True)
-
-    def _log(self, row):
-        values = {name: value for name, value in row.items() if value is not None}
-        self.run.log(values, step=row["epoch"], commit=True)  # without commit it waits for the next epoch
 
     def _finish(self, exit_code=0):
         if self.run:
