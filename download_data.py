@@ -145,7 +145,7 @@ def get_file(url, path, md5):
             fetch(url, part)
             os.replace(part, path)
         with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "md5").hexdigest()
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found == md5:
             return
         path.unlink()

@@ -78,11 +78,17 @@ def present(clip, model_dir, is_silent):
     fold = int(clip["fold"]) - 1
     path = find_model(model_dir, fold)
     network, info = load_model(path)
-    if fold + 1 in info.get("training_folds", []):
+    trained_on = info.get("training_folds")
+    if not isinstance(trained_on, list):
+        raise UserError(f"{path} does not say which folds it was trained on: python train.py makes one that does")
+    if fold + 1 in trained_on:
         raise UserError(f"{path} has trained on clips of fold {fold}: python train.py --folds {fold} makes its model")
     rate = info["audio"]["sample_rate"]
     samples = read_audio(clip["path"], rate)  # (n,)
-    print(f"{clip['path'].name} ({len(samples) / rate:.2f} s) of fold {fold}, {path.name}")
+    settings = info.get("settings")
+    is_optimistic = isinstance(settings, dict) and settings.get("validation") == "test_fold"
+    note = " (optimistic: its epoch was chosen on this fold)" if is_optimistic else ""
+    print(f"{clip['path'].name} ({len(samples) / rate:.2f} s) of fold {fold}, {path.name}{note}")
     if not is_silent:
         play(samples, rate)
     probabilities = predict.predict(network, info, samples)  # (classes,)

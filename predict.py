@@ -27,8 +27,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports needs no traceback; see utils.run
+# Ctrl-C during the imports needs no traceback (see utils.run). A shell's background job ignores it, and goes on so.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: see train.py
 
 import numpy as np

@@ -24,8 +24,9 @@ import time
 import typing
 from pathlib import Path
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports needs no traceback; see utils.run
+# Ctrl-C during the imports needs no traceback (see utils.run). A shell's background job ignores it, and goes on so.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Read when torch loads OpenMP. Its threads would otherwise spin while they wait, and two trainings side by side on the
 # same cores take 15 times as long as one rather than twice; alone this costs under 5 %.

@@ -38,6 +38,7 @@ def write_report(results_dir, processed_dir=None):
     histories = {fold: history for fold, history in histories.items() if history is not None}
     print(f"{titled('Folds', results)}\n\n{folds_table(results)}\n\n{coverage(results)}: {summary_line(results)}")
     results["files"] = ["results.json", "report.md"]
+    save_report(results_dir, results)  # before the pictures: what stops them costs no numbers
     for name, draw, title in (
         ("confusion_matrix.png", pictures.draw_confusion_matrix, "Confusion matrix"),
         ("per_class.png", pictures.draw_classes, "F1 and recall of each class"),
@@ -52,11 +53,16 @@ def write_report(results_dir, processed_dir=None):
                 results["files"].append(name)
         except Exception as error:
             print(f"warning: {path} is not drawn: {utils.one_line(error)}", file=sys.stderr)
+    save_report(results_dir, results)  # again, with the pictures that there are
+    print("wrote " + " ".join(str(results_dir / name) for name in results["files"]))
+    return results
+
+
+def save_report(results_dir, results):
+    """Write report.md and results.json; the report links the pictures in results["files"]."""
     with utils.atomic_write(results_dir / "report.md", "w") as file:
         file.write(report_text(results))
     utils.save_json(results_dir / "results.json", results)
-    print("wrote " + " ".join(str(results_dir / name) for name in results["files"]))
-    return results
 
 
 # --- The words ---------------------------------------------------------------------------------------------------

@@ -3,9 +3,13 @@
 import json
 import math
 import random
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from result_files import CLASSES, CLIPS_A_FOLD, raw_predictions, read_rows, write_clips, write_rows, write_run
 
 import evaluate
@@ -159,6 +163,18 @@ def test_tampered_table_is_refused_or_reported(name, tmp_path):
             n_refused += 1
             assert name in str(error) and "\x1b" not in str(error)
     assert n_refused > 30
+
+
+def test_numbers_are_written_before_the_first_picture(tmp_path):
+    folder = write_run(tmp_path / "results")
+    command = [sys.executable, REPOSITORY / "evaluate.py", "--assets_dir", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not list(folder.glob("confusion_matrix.png*")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+    assert len(json.loads((folder / "results.json").read_text())["per_fold"]) == 3
+    assert "accuracy" in (folder / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,11 @@ def test_what_can_not_be_shown_is_refused_with_the_remedy(show, flags, reasons):
 def test_model_that_has_trained_on_the_clips_is_refused(show, tmp_path):
     path = write_model(tmp_path, 0, training_folds=[1, 2])
     assert f"{path} has trained on clips of fold 0" in refusal(show("--fold", 0, model_dir=tmp_path))
+    write_model(tmp_path, 0, training_folds=None)
+    assert f"{path} does not say which folds" in refusal(show("--fold", 0, model_dir=tmp_path))
+    write_model(tmp_path, 0, training_folds=[2], settings={"validation": "test_fold"})
+    done = show("--no_play", "--fold", 0, model_dir=tmp_path)
+    assert "(optimistic: its epoch was chosen on this fold)" in done.stdout
 
 
 @ON_LINUX

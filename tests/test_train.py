@@ -306,6 +306,16 @@ def test_ctrl_c_during_the_imports_is_silent(tmp_path):
         assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
 
 
+def test_background_job_of_a_shell_ignores_ctrl_c(data, tmp_path):
+    flags = ["--folds", "0", "--epochs", "1", "--batch_size", "8", "--processed_dir", data, "--assets_dir", tmp_path]
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, REPOSITORY / "train.py", *flags]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == "" and process.returncode == 0
+
+
 # --- Resuming ----------------------------------------------------------------------------------------------------
 
 
