@@ -17,15 +17,17 @@ import contextlib
 import csv
 import hashlib
 import io
+import json
 import re
 import secrets
 import shutil
+import zipfile
 
 import torch
 
 import config
 import utils
-from model import model_path, save_model
+from model import is_temperature, model_path, save_model
 from utils import UserError
 
 CHECKSUM_BYTES = 32
@@ -93,6 +95,9 @@ def read_pt(path):
     blob = memoryview(path.read_bytes())
     if checksum(blob[:-CHECKSUM_BYTES]) != blob[-CHECKSUM_BYTES:]:  # torch.load would not notice a flipped bit
         raise ValueError("its checksum is wrong: it is damaged")
+    with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+        if sum(part.file_size for part in archive.infolist()) > len(blob):  # torch.save compresses nothing
+            raise ValueError("it unpacks to more than its size")
     return torch.load(io.BytesIO(blob[:-CHECKSUM_BYTES]), map_location="cpu", weights_only=True)
 
 
@@ -134,7 +139,29 @@ def load_checkpoint(path, epoch):
         raise ValueError(f"it lacks {', '.join(missing)}")
     if checkpoint["epoch"] != epoch:
         raise ValueError(f"it is of epoch {checkpoint['epoch']}")
+    check_parts(checkpoint)
     return checkpoint
+
+
+def check_parts(checkpoint):
+    """Raise a ValueError if a part of a checkpoint is not what `save` was given: the file may have been forged."""
+    kinds = {"best": dict, "history": list, "model": dict, "optimizer": dict, "run_id": str, "settings": dict}
+    if odd := [name for name, kind in kinds.items() if not isinstance(checkpoint[name], kind)]:
+        raise ValueError(f"its {', '.join(odd)} can't be")
+    try:
+        json.dumps([checkpoint[name] for name in ("best", "history", "run_id", "settings")])
+        best, epochs = checkpoint["best"], [row["epoch"] for row in checkpoint["history"]]
+        has_loss = isinstance(best["validation_loss"], float)
+        is_right = epochs == list(range(1, checkpoint["epoch"] + 1)) and best["epoch"] in epochs
+        is_right = is_right and has_loss == (checkpoint["settings"]["validation"] != "none")
+    except (KeyError, TypeError):
+        is_right = False
+    if not is_right:
+        raise ValueError("its best epoch, history or settings can't be")
+    for state in (checkpoint["model"], checkpoint["best_model"] or {}):
+        for tensor in state.values():
+            if tensor.layout != torch.strided or tensor.device.type != "cpu":
+                raise ValueError("its weights are no plain tensors")
 
 
 def load_optimizer(optimizer, saved, where):
@@ -144,10 +171,10 @@ def load_optimizer(optimizer, saved, where):
     try:
         moments = [sorted((name, t.shape) for name, t in saved["state"][i].items()) for i in range(len(parameters))]
         tensors = [tensor for each in saved["state"].values() for tensor in each.values()]
-        is_float = all(tensor.dtype == torch.float32 for tensor in tensors)
+        is_plain = all((t.dtype, t.layout, t.device.type) == (torch.float32, torch.strided, "cpu") for t in tensors)
     except (AttributeError, KeyError, TypeError):
-        moments = is_float = None
-    if moments != expected or not is_float:
+        moments = is_plain = None
+    if moments != expected or not is_plain:
         raise UserError(f"the optimizer's state in {where} does not fit the network: --fresh starts again")
     state = {}
     for index, parameter in enumerate(parameters):  # in memory of their own, laid out as the weights are
@@ -182,12 +209,14 @@ def is_state(value):
     kinds = {"folds": dict, "settings": dict, "run_id": str}
     if not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
         return False
-    kinds = {"epoch": int, "best_epoch": int, "done": bool}
     return all(
         re.fullmatch("[0-9]", fold)
         and isinstance(entry, dict)
-        and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
         and isinstance(entry.get("files", {}), dict)
+        and isinstance(entry.get("done"), bool)
+        and all(type(entry.get(key)) is int for key in ("epoch", "best_epoch"))
+        and 1 <= entry["best_epoch"] <= entry["epoch"]
+        and is_temperature(entry.get("temperature", 1))
         for fold, entry in value["folds"].items()
     )
 

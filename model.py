@@ -277,10 +277,15 @@ def check_info(path, info):
     if len(ids) != len(names) or not all(type(value) is int for value in ids) or len({*ids}) < len(ids):
         raise UserError(f"{path} has {len(names)} classes, and other class_ids: {utils.one_line(ids)}")
     temperature = info.get("temperature", 1)  # may be absent
-    low, high = TEMPERATURE_RANGE
-    if type(temperature) not in (int, float) or not low <= temperature <= high:
+    if not is_temperature(temperature):
+        low, high = TEMPERATURE_RANGE
         raise UserError(f"{path}: temperature is {utils.one_line(temperature)!r}: it must be from {low:g} to {high:g}")
     return audio
+
+
+def is_temperature(value):
+    """Return whether an untrusted value can be a network's temperature."""
+    return type(value) in (int, float) and TEMPERATURE_RANGE[0] <= value <= TEMPERATURE_RANGE[1]
 
 
 def check_state(path, state, expected):

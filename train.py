@@ -308,7 +308,8 @@ def resume(fold, settings):
     fold.newest = checkpoint.load_newest(fold.folder)
     if fold.newest is None:
         return
-    model.check_state(f"{fold.folder} (--fresh starts again)", fold.newest["model"], fold.network.state_dict())
+    for state in (fold.newest["model"], checkpoint.best_weights(fold.newest)):
+        model.check_state(f"{fold.folder} (--fresh starts again)", state, fold.network.state_dict())
     fold.network.load_state_dict(fold.newest["model"])
     checkpoint.load_optimizer(fold.optimizer, fold.newest["optimizer"], fold.folder)
     checkpoint.follow_up(fold.folder, fold.newest, fold.info)

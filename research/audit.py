@@ -10,7 +10,7 @@ ends with the same checks:
 - one cell of the spectrogram that tells the class: the label got into the features
 - class names or numbers that differ between data, model and predictions
 - a model whose training clips or normalisation include its test fold
-- checkpoints that are damaged, models and predictions of a run before this one
+- checkpoints that are damaged; models, predictions and histories that are missing or of a run before this one
 - predictions of other clips than the fold's own, or that the model file does not reproduce
 """
 
@@ -138,10 +138,14 @@ def audit(paths, data=None):
         findings += damaged_checkpoints(checkpoint.fold_dir(paths.checkpoints, fold))
         path = model_path(paths.models, fold)
         predictions = checkpoint.result_path(paths.results, "predictions", fold)
+        for name, digest in checkpoint.file_digests(paths, fold).items():
+            if files and digest != files.get(str(fold), {}).get(name):
+                is_what = "is not of the run in run.json" if digest else "is missing"
+                findings.append(
+                    f"the {name} file of fold {fold} {is_what}: run python train.py, or remove what is left"
+                )
         if not path.is_file():
             continue
-        if files and utils.file_digest(path) != files.get(str(fold), {}).get("model"):
-            findings.append(f"{path.name} is not of the run in run.json: run python train.py, or remove it")
         try:
             network, info = load_model(path)
             looked_at.append(path.name)

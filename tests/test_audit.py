@@ -1,6 +1,7 @@
 """audit.py: each leak is planted in files that a training wrote, and the audit must name it."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -111,6 +112,27 @@ def test_damaged_model_and_predictions_are_findings(assets):
     (assets / "results" / "predictions_fold_1.csv").write_text("half")
     found = findings(assets)
     assert "model_fold_0_best.safetensors" in found and "predictions_fold_1.csv, line 1" in found
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "named"),
+    [
+        (
+            "models/model_fold_1_best.safetensors",
+            Path.unlink,
+            "the model file of fold 1 is missing: run python train.py",
+        ),
+        ("results/predictions_fold_0.csv", Path.unlink, "the predictions file of fold 0 is missing"),
+        (
+            "results/history_fold_0.csv",
+            lambda path: path.write_text("x"),
+            "the history file of fold 0 is not of the run",
+        ),
+    ],
+)
+def test_missing_or_edited_file_of_a_run_is_a_finding(assets, file, harm, named):
+    harm(assets / file)
+    assert named in findings(assets)
 
 
 @pytest.mark.parametrize(

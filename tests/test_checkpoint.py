@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import os
 import pickle
 import random
 import tempfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +24,7 @@ import utils
 from model import model_path
 from utils import UserError
 
-SETTINGS = {"model": "AudioCNN", "epochs": 3, "learning_rate": 0.003, "data": "abc"}
+SETTINGS = {"model": "AudioCNN", "epochs": 3, "validation": "next_fold", "learning_rate": 0.003, "data": "abc"}
 INFO = {"model": "AudioCNN", "fold": 0}
 
 
@@ -130,8 +132,25 @@ DAMAGES = {
     "of another epoch": lambda path: path.write_bytes(path.with_name("epoch_2.pt").read_bytes()),
     "without its optimizer": lambda path: without(path, "optimizer"),
     "a number": lambda path: checkpoint.write_pt(path, 5),
+    "best that is a list": lambda path: rewrite(path, best=[1]),
+    "best without a loss": lambda path: rewrite(path, best={"epoch": 3, "validation_loss": None}),
+    "history of other epochs": lambda path: rewrite(path, history=[{"epoch": 3}]),
+    "settings that are tensors": lambda path: rewrite(path, settings={"seed": torch.ones(3)}),
+    "weights that are numbers": lambda path: rewrite(path, model={"weight": 3}),
+    "weights without memory": lambda path: rewrite(path, best_model={"weight": torch.ones(3, device="meta")}),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
+
+
+def test_checkpoint_that_unpacks_to_more_than_its_size_is_not_unpacked(folder, capsys):
+    path, packed = folder / "epoch_3.pt", io.BytesIO()
+    rewrite(path, bomb=torch.zeros(10_000_000))
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for name in plain.namelist():
+            deflated.writestr(name, plain.read(name))
+    path.write_bytes(packed.getvalue() + checkpoint.checksum(packed.getvalue()))
+    assert checkpoint.load_newest(folder)["epoch"] == 2
+    assert "it unpacks to more than its size" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -265,6 +284,8 @@ def state_with(*keys, value):
         "\x00" * 400,
         "[" * 100_000,
         json.dumps(state_with("folds", "0", "done", value="yes")),
+        json.dumps(state_with("folds", "0", "best_epoch", value=-1)),
+        json.dumps(state_with("folds", "0", "temperature", value="x")),
         json.dumps(state_with("folds", "01", value=STATE["folds"]["0"])),
     ],
     ids=lambda text: text[:20],

@@ -395,7 +395,7 @@ def test_report_after_a_new_run_leaves_the_files_of_the_one_before_out(assets, r
         names = "predictions_fold_1.csv, predictions_fold_2.csv"
         assert f"1 of 3 folds, 8 of 24 clips (left out, as of a different run: {names}): accuracy" in printed
     for fold in (1, 2):
-        assert f"audit: model_fold_{fold}_best.safetensors is not of the run in run.json" in done.stderr
+        assert f"audit: the model file of fold {fold} is not of the run in run.json" in done.stderr
     assert len(json.loads((assets / "results" / "results.json").read_text())["per_fold"]) == 1
 
 
@@ -463,7 +463,11 @@ def forge_type(state):
     state[0]["exp_avg_sq"] = state[0]["exp_avg_sq"].to(torch.int8)
 
 
-@pytest.mark.parametrize("forge", [forge_shape, forge_type, dict.clear])
+def forge_layout(state):
+    state[0]["exp_avg"] = state[0]["exp_avg"].to("meta")
+
+
+@pytest.mark.parametrize("forge", [forge_shape, forge_type, forge_layout, dict.clear])
 def test_checkpoint_whose_optimizer_does_not_fit_is_refused(forge, assets, run_train):
     undo_fold(assets, 0, 2)
     path = assets / "checkpoints" / "fold_0" / "epoch_2.pt"
@@ -471,6 +475,16 @@ def test_checkpoint_whose_optimizer_does_not_fit_is_refused(forge, assets, run_t
     forge(content["optimizer"]["state"])
     checkpoint.write_pt(path, content)
     assert "fold_0 does not fit the network: --fresh starts again" in refusal(run_train(assets))
+
+
+def test_optimizer_with_fewer_values_than_its_shape_has_does_not_crash(assets, run_train):
+    undo_fold(assets, 0, 2)
+    path = assets / "checkpoints" / "fold_0" / "epoch_2.pt"
+    content = checkpoint.read_pt(path)
+    for moments in content["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
+    checkpoint.write_pt(path, content)
+    assert run_train(assets).returncode == 0
 
 
 def test_fresh_of_one_fold_keeps_the_others(assets, reference, run_train):
