@@ -15,6 +15,7 @@ import io
 import itertools
 import os
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -171,14 +172,18 @@ def open_audio(path, max_hours=None):
     max_hours: refuse what is longer. UserError names what can't be decoded, before or while it is read.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not an audio file: name one file in it")
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    if not path.is_file():
-        raise UserError(f"{path} is no regular file: name a recording, or pipe it: cat FILE | python predict.py -")
     with contextlib.ExitStack() as stack:
-        descriptor = stack.enter_context(open(path, "rb", buffering=0)).fileno()
+        try:
+            mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                raise UserError(f"{path} is a folder, not an audio file: name one file in it")
+            if not stat.S_ISREG(mode):
+                raise UserError(f"{path} is no regular file: cat {path} | python predict.py -")
+            descriptor = stack.enter_context(open(path, "rb", buffering=0)).fileno()
+        except FileNotFoundError as error:
+            raise UserError(f"no such file: {path}") from error
+        except OSError as error:
+            raise UserError(f"can't read {path} ({error.strerror}): check its path and permissions") from error
         try:
             file = stack.enter_context(soundfile.SoundFile(descriptor, closefd=False))
         except (soundfile.LibsndfileError, ValueError) as error:

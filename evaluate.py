@@ -72,8 +72,8 @@ def parse_args():
     add = parser.add_argument
     add("--results_dir", metavar="DIR", help="predictions, and the report (default: results/ in the assets)")
     add("--processed_dir", metavar="DIR", help="folder of clips.csv (default: data/ in the assets)")
-    add("--compare", nargs=2, metavar=("A", "B"), help="two results folders to compare")
-    add("--output", metavar="FILE", help="also write the comparison to this file")
+    add("--compare", nargs=2, type=utils.home_path, metavar=("A", "B"), help="two results folders to compare")
+    add("--output", type=utils.home_path, metavar="FILE", help="also write the comparison to this file")
     args = parser.parse_args()
     if args.output and not args.compare:
         parser.error("--output needs --compare; the report is written into the results folder")

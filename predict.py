@@ -88,12 +88,12 @@ def find_recordings(names):
     found = []
     for name in names:
         path = Path(name)
-        if path.is_dir():
+        if os.path.isdir(path):  # False, without an error, where the path can't be looked at
             files = find_audio_files(path)
             if not files:
                 suffixes = " ".join(sorted(AUDIO_SUFFIXES))
                 raise UserError(f"no recordings in {path}: their names must end in one of {suffixes}")
-        elif glob.has_magic(name) and not path.exists():
+        elif glob.has_magic(name) and not os.path.exists(path):
             files = sorted(file for file in map(Path, glob.glob(name, recursive=True)) if file.is_file())
             if not files:
                 raise UserError(f"no file is called {name}: check the pattern")
@@ -129,7 +129,7 @@ def load_models(paths):
 
 def check_class_names(processed_dir, info):
     """Raise a UserError if a data set's class names are not the model's."""
-    names = utils.load_pickle(Path(processed_dir) / "class_mapping.pkl")
+    names = utils.load_pickle(utils.home_path(processed_dir) / "class_mapping.pkl")
     model_names = dict(zip(info["class_ids"], info["class_names"], strict=True))
     if str(names) != str(model_names):  # as text: an untrusted file may hold values that can't be compared
         found = utils.one_line(names)
@@ -211,8 +211,12 @@ def opened(recording):
         raise UserError("nothing comes through standard input: cat recording.wav | python predict.py -")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "standard input"
-        with open(path, "wb") as file, open(0 if recording == "-" else recording, "rb") as pipe:
-            shutil.copyfileobj(pipe, file)
+        try:
+            with open(path, "wb") as file, open(0 if recording == "-" else recording, "rb") as pipe:
+                shutil.copyfileobj(pipe, file)
+        except OSError as error:
+            reason = f"{name_of(recording)} can't be copied to {folder}: {error.strerror}"
+            raise UserError(f"{reason}. Make room there, or name another folder with TMPDIR") from error
         yield path
 
 
@@ -281,8 +285,9 @@ def file_names(recordings):
 
 def output_path(path, name, is_one_of_many):
     """Return the file that a flag's path stands for: `name` in it, if it is a folder or has to be one."""
-    is_folder = is_one_of_many or path.endswith(("/", os.sep)) or Path(path).is_dir()
-    return Path(path, name) if is_folder else Path(path)
+    file = utils.home_path(path)
+    is_folder = is_one_of_many or path.endswith(("/", os.sep)) or file.is_dir()
+    return file / name if is_folder else file
 
 
 def main():
@@ -307,7 +312,7 @@ def main():
             try:
                 timelines[str(recording)] = predict_file(recording, models, model_names, args, outputs)
             except UserError as error:
-                failures.append(str(error))
+                failures.append(utils.one_line(error, longest=1000))
                 if args.json:
                     print(json.dumps({"file": str(recording), "error": str(error)}))
                 elif args.quiet and many:

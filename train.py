@@ -416,7 +416,6 @@ def test_fold(fold, data, settings, run):
 
 def main():
     args = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send ends like Ctrl-C
     paths = utils.run_folders(args)
     utils.keep_freed_memory()
     device = utils.pick_device(args.device)

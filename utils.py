@@ -65,6 +65,7 @@ def run(main):
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as set for the time of the imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send ends like Ctrl-C
     try:
         check_config()
         main()
@@ -84,7 +85,7 @@ def run(main):
     except MemoryError as error:
         sys.exit(fail(f"the memory is used up ({one_line(error) or 'no more to be had'}): close other programs"))
     except KeyboardInterrupt as interrupt:
-        print(f"\n{str(interrupt) or 'Stopped by Ctrl-C.'}", file=sys.stderr)
+        print(f"\n{str(interrupt) or 'Stopped.'}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -127,8 +128,9 @@ def one_line(value, longest=200):
 
 
 def fail(error):
-    """Print one error line and return exit status 2."""
-    print(f"error: {error}", file=sys.stderr)
+    """Print one error line (a line for each recording of several) and return exit status 2."""
+    text = "".join(character if character.isprintable() or character == "\n" else "?" for character in str(error))
+    print(f"error: {text}", file=sys.stderr)
     return 2
 
 
@@ -139,17 +141,25 @@ def make_parser(script_doc):
     )
     parser.add_argument(
         "--assets_dir",
-        type=lambda text: Path(text).expanduser(),
-        default=Path(config.ASSETS_BASE_DIR).expanduser(),
+        type=home_path,
+        default=home_path(config.ASSETS_BASE_DIR),
         metavar="DIR",
         help=f"folder of data, checkpoints, models and results (default: {config.ASSETS_BASE_DIR})",
     )
     return parser
 
 
+def home_path(text):
+    """Return a path, its ~ replaced by the home folder: a shell does not do that within --flag=~/x. Also a type."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"there is no home folder for {text}: write the path in full") from error
+
+
 def folder(flag, assets_dir, below):
     """Return the folder that a flag names, else `below` (a `..._DIR` of config.py) under the assets folder."""
-    return Path(flag).expanduser() if flag else Path(assets_dir) / Path(below).expanduser()
+    return home_path(flag) if flag else Path(assets_dir) / home_path(below)
 
 
 def run_folders(args):
@@ -200,7 +210,7 @@ def atomic_write(path, mode="wb"):
     """Open a temporary file beside `path`, renamed to `path` when the block ends well; else `path` stays as it was.
 
     Survives kill -9 and, through fsync of file and folder, power loss. Each process has a temporary name of its own, so
-    that two writers of one file never mix.
+    that two writers of one file never mix. What is no regular file, as /dev/stdout, is written to, never replaced.
     """
     path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
     encoding = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
@@ -236,7 +246,8 @@ def temporary_path(path):
     """Return this process's temporary name for a path, and remove those that dead processes of this machine left."""
     beginning = f"{path.name}.{platform.node()}-"
     for old in path.parent.glob(f"{glob.escape(beginning)}*.tmp"):
-        if os.name == "posix" and not is_running(int(old.name[len(beginning) : -len(".tmp")])):
+        process_id = old.name[len(beginning) : -len(".tmp")]  # or the rest of another machine's name
+        if os.name == "posix" and re.fullmatch("[0-9]{1,9}", process_id) and not is_running(int(process_id)):
             old.unlink(missing_ok=True)
     return path.with_name(f"{beginning}{os.getpid()}.tmp")
 

@@ -19,6 +19,7 @@ from utils import UserError
 
 BAR_WIDTH = 40  # characters of a probability of 1
 COLUMNS = ["start", "end", "class", "confidence"]  # of a timeline; times in s
+FORMULA = ("=", "+", "-", "@")  # text that begins so is a formula to a spreadsheet
 SILENCE = "silence"  # in a timeline, where every sample is zero
 CLIP_NAME = re.compile(r"\d+-\d+-\d+-\d+\.wav")  # of the data set: recording, classID, occurrence, slice
 
@@ -153,8 +154,10 @@ def save_csv(path, timelines):
         writer.writerow(["file", *COLUMNS])
         for name, parts in timelines.items():
             name = name.encode("utf-8", "backslashreplace").decode()  # a file's name may be no text
-            name = f"./{name}" if name[0] in "=+-@" else name  # which a spreadsheet would take for a formula
-            writer.writerows([name, *rounded(part)] for part in parts)
+            name = f"./{name}" if name.startswith(FORMULA) else name
+            for start, end, class_name, confidence in map(rounded, parts):
+                cell = f"'{class_name}" if class_name.startswith(FORMULA) else class_name
+                writer.writerow([name, start, end, cell, confidence])
 
 
 def save_labels(path, parts):

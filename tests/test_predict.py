@@ -375,6 +375,24 @@ def test_folder_of_files_for_one_recording(recording, run, tmp_path):
         assert image.shape[0] > 900 and image.shape[1] > 1500 and len(np.unique(image[..., :3])) > 100
 
 
+def test_output_in_the_home_folder_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert predict.output_path("~/t.csv", "a.csv", False) == tmp_path / "t.csv"
+    assert predict.output_path("~/new/", "a.png", False) == tmp_path / "new" / "a.png"
+
+
+def test_names_of_classes_are_no_formulas(tmp_path):
+    answers.save_csv(tmp_path / "t.csv", {"=a.wav": [(0.0, 1.0, "=1+1", 0.5)]})
+    assert (tmp_path / "t.csv").read_text().splitlines()[1] == "./=a.wav,0.0,1.0,'=1+1,0.5"
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".wav", "/dev/fd/99"])
+def test_path_that_can_not_be_opened_does_not_stop_the_batch(name, recording, run):
+    done = run(name, recording, "--quiet")
+    assert done.returncode == 2 and len(done.stdout.splitlines()) == 2
+    assert "1 of 2 recordings can't be predicted" in done.stderr
+
+
 def test_file_names_never_collide_and_are_short():
     names = ["a b.wav", "a_b.wav", "a/b.wav", "x" * 400 + "1.wav", "y" + "x" * 399 + "1.wav", "ü" * 300, "-"]
     found = predict.file_names(names)

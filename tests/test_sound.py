@@ -167,4 +167,4 @@ def test_microphone_until_ctrl_c(miniature, tmp_path):
     assert lines[0] == "listening to default; Ctrl-C ends it\n"
     assert [line.split()[0] for line in lines[1:]] == ["0:01", "0:02", "0:03"]
     assert all("%" in line for line in lines[1:])
-    assert (run.returncode, errors.strip()) == (130, "Stopped by Ctrl-C.")
+    assert (run.returncode, errors.strip()) == (130, "Stopped.")

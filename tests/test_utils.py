@@ -41,6 +41,7 @@ def start(code, *arguments):
     [
         ("print('well')", 0, "well\n", ""),
         ("raise utils.UserError('no clip here: bring one')", 2, "", "error: no clip here: bring one\n"),
+        (r"raise utils.UserError('\x1b[31m.wav: no such file')", 2, "", r"error: \?\[31m.wav: no such file\n"),
         ("1 / 0", 1, "", "Traceback .*ZeroDivisionError.*"),  # a fault of our own keeps its traceback
     ],
 )
@@ -50,13 +51,14 @@ def test_exit_status_is_by_how_it_ends(main, status, output, errors):
     assert re.fullmatch(errors, done.stderr, re.DOTALL)
 
 
-def test_ctrl_c_ends_in_one_line():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_what_schedulers_send_end_in_one_line(number):
     process = start("def main(): print('ready'); time.sleep(60)\nutils.run(main)")
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert errors == "\nStopped by Ctrl-C.\n"
+    assert errors == "\nStopped.\n"
 
 
 def test_reader_that_goes_away_ends_it_quietly():
@@ -127,6 +129,8 @@ def test_folder_is_the_flags_or_below_the_assets():
     assert utils.folder("here", "/assets", "data") == Path("here")
     assert utils.folder("~/a", "/assets", "data") == utils.folder(None, "/assets", "~/a") == Path.home() / "a"
     assert utils.make_parser("").parse_args(["--assets_dir=~/a"]).assets_dir == Path.home() / "a"
+    with pytest.raises(UserError, match="no home folder for ~nobody-of-this-name/a: write the path in full"):
+        utils.folder("~nobody-of-this-name/a", "/assets", "data")
     assert utils.folder(None, "/assets", "/elsewhere") == Path("/elsewhere")  # an absolute ..._DIR of config.py
 
 
@@ -160,6 +164,22 @@ def test_atomic_write_leaves_one_file_also_after_a_killed_process(tmp_path):
             file.write(content)
         assert path.read_bytes() == content.encode()
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_atomic_write_leaves_the_temporary_file_of_a_machine_with_a_longer_name(tmp_path):
+    other = tmp_path / utils.temporary_path(tmp_path / "a").name.replace(f"-{os.getpid()}.", "-2-4194305.")
+    other.touch()
+    utils.save_json(tmp_path / "a", 1)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "a", other]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes are POSIX")
+def test_atomic_write_to_a_pipe_writes_and_never_replaces_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    utils.save_json(tmp_path / "pipe", 1)
+    assert os.read(reader, 10) == b"1\n" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
