@@ -44,6 +44,7 @@ SETTING_LIMITS = {  # min and max that make sense; features and models from untr
     "top_db": (0, 1000),
 }
 SETTING_CHOICES = {"short_clips": ("repeat", "silence"), "feature_dtype": ("float16", "float32")}
+MAX_CLIP_SAMPLES = 2**25  # 760 s at 44.1 kHz, 134 MB
 MAX_FFT_SAMPLES = 2**27  # frames x n_fft of one clip
 MAX_FEATURES = 2**21  # mel bands x frames of one clip: 380 s by default; the network takes 400 bytes for each
 
@@ -82,6 +83,8 @@ class AudioSettings:
             raise UserError(f"the audio settings make {self.n_frames} frames of {self.n_fft} samples: raise hop_length")
         if self.n_frames * self.n_mels > MAX_FEATURES:
             raise UserError(f"the audio settings make {self.n_frames} frames of {self.n_mels} bands: raise hop_length")
+        if self.clip_samples > MAX_CLIP_SAMPLES:
+            raise UserError(f"the audio settings make clips of {self.clip_samples} samples: lower clip_seconds")
 
     @property
     def clip_samples(self):
@@ -110,7 +113,7 @@ MAX_HOURS = 4  # h; a longer recording is refused before memory is taken for the
 MIN_RATE, MAX_RATE = 1000, 1_000_000  # Hz of a recording
 MAX_CHANNELS = 64
 MAX_LEVEL = 1e12  # full scale is 1; beyond MAX_LEVEL the power of a frame leaves float32's range
-OPPOSITE = 0.1  # the mean's peak in shares of a channel's, below which the channels cancel each other
+OPPOSITE = 0.1  # the sum's range in shares of a channel's, below which the channels cancel each other
 BLOCK_SAMPLES = 1 << 18  # samples of each channel that are decoded at a time: 6 s at 44.1 kHz
 TAIL_BYTES = 1 << 13  # that a file may have behind its sound (titles)
 SAMPLE_BYTES = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
@@ -184,6 +187,8 @@ def open_audio(path, max_hours=None):
             raise UserError(f"no such file: {path}") from error
         except OSError as error:
             raise UserError(f"can't read {path} ({error.strerror}): check its path and permissions") from error
+        if is_joined(descriptor):
+            raise UserError(f"{path} is two files, one behind the other: cut it in two, or join them as audio")
         try:
             file = stack.enter_context(soundfile.SoundFile(descriptor, closefd=False))
         except (soundfile.LibsndfileError, ValueError) as error:
@@ -225,13 +230,29 @@ def soundfile_blocks(path, file, descriptor):
         yield block
     if file.format in ("WAV", "WAVEX"):
         yield from headerless_blocks(file, descriptor, first_byte, n_read)
-    elif file.format in ("MP3", "OGG", "FLAC") and bytes_left(descriptor) > TAIL_BYTES:
+    elif file.format in ("MP3", "OGG", "FLAC") and has_more(file, descriptor):
         reason = f"it goes on after the {n_read / file.samplerate:.1f} s that can be read"
         with open_with_ffmpeg(path, reason) as (_, _, blocks):
             for block in blocks:
                 if len(block) > n_read:
                     yield block[n_read:]
                 n_read = max(n_read - len(block), 0)
+
+
+def is_joined(descriptor):
+    """Return whether a WAV or AIFF file is followed by another, as cat joins them: the first alone would be read."""
+    name, length = os.pread(descriptor, 4, 0), os.pread(descriptor, 4, 4)
+    order = {b"RIFF": "little", b"FORM": "big"}.get(name)
+    is_video = os.pread(descriptor, 4, 8) == b"AVI "  # which goes on like this beyond 1 GB
+    return bool(order) and not is_video and os.pread(descriptor, 4, 8 + int.from_bytes(length, order)) == name
+
+
+def has_more(file, descriptor):
+    """Return whether a compressed file goes on behind its sound: in Ogg any page does, else more than titles take."""
+    left = bytes_left(descriptor)
+    if file.format == "OGG" and 0 < left <= TAIL_BYTES:
+        return b"OggS" in os.pread(descriptor, left, os.lseek(descriptor, 0, os.SEEK_CUR))
+    return left > TAIL_BYTES
 
 
 def bytes_left(descriptor):
@@ -340,8 +361,10 @@ def to_mono(samples):
     with np.errstate(all="ignore"):  # `checked` looks for NaN
         # A product: six times as fast as mean().
         mono = samples.astype(np.float32, copy=False) @ np.full(n_channels, 1 / n_channels / full_scale, np.float32)
-        if n_channels > 1 and mono.max() * full_scale * n_channels < OPPOSITE * samples.max():
-            mono = samples[:, samples.max(axis=0).argmax()].astype(np.float32) / np.float32(full_scale)
+        if n_channels > 1:  # by the range, as an offset of the converter does not cancel
+            ranges = samples.max(axis=0).astype(np.float32) - samples.min(axis=0)  # (n_channels,)
+            if np.ptp(mono) * full_scale * n_channels < OPPOSITE * ranges.max():
+                mono = samples[:, ranges.argmax()].astype(np.float32) / np.float32(full_scale)
     return mono
 
 

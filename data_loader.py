@@ -29,6 +29,8 @@ NEEDED_COLUMNS = ["slice_file_name", "fold", "classID", "class"]
 # Of clips.csv. A recording is a file of other data sets; a group is what has to be in one fold; start and end are s.
 KNOWN_COLUMNS = [*CLIP_COLUMNS, "recording", "group"]
 MAX_NAME = 255  # bytes of a file name
+MAX_COLUMNS = 1000  # of a table; pandas takes 2 kB for each
+MAX_HEADER = 1 << 16  # bytes of a table's first line in which they are counted
 MAX_SECONDS = 1e6  # s; of a time in a recording
 PIECE_NUMBERS = re.compile(r"([ ._-]+\(?\d+\)?)+$|(?<=[^\W\d])\d+$")  # of dog-01, dog (3), dog12, 165645-4-1-0
 
@@ -236,6 +238,9 @@ def read_table(path, columns):
     if not path.is_file():
         raise UserError(f"no metadata at {path}: run python download_data.py, or name the data set's folder")
     try:
+        with open(path, "rb") as file:
+            if file.readline(MAX_HEADER).count(b",") > MAX_COLUMNS:
+                raise ValueError(f"more than {MAX_COLUMNS} columns")
         options = {"keep_default_na": False, "index_col": False, "skip_blank_lines": False}  # so that lines count
         with warnings.catch_warnings(action="error"):  # of a first row with more columns than the header
             rows = pd.read_csv(path, dtype=object, encoding="utf-8-sig", **options)
@@ -268,7 +273,7 @@ def check_clips(path, clips):
     names = clips["slice_file_name"]
     check_rows(path, names, names.map(is_file_name), "is no path within the folder")
     check_rows(path, names, ~names.duplicated(), "is listed already")
-    check_rows(path, clips["class"], clips["class"].map(lambda name: bool(name) and name.isprintable()), "is no name")
+    check_rows(path, clips["class"], clips["class"].map(is_class_name), "is no name of a class")
     for key, column in (("classID", "class"), ("class", "classID")):
         first = clips.groupby(key)[column].transform("first")
         check_rows(path, clips[column], clips[column] == first, f"has a {key} that has a different {column} above")
@@ -299,6 +304,11 @@ def check_rows(path, column, is_right, fault):
         row = is_right.index[~is_right.astype(bool)][0]  # 0 is the line below the header
         value = utils.one_line(column[row])
         raise UserError(f"{path}, line {row + 2}: {column.name} {value!r} {fault}: correct the table")
+
+
+def is_class_name(name):
+    """Return whether a text can name a class: also as a column of the predictions, beside those of clip and classID."""
+    return name.isprintable() and name not in ("", "slice_file_name", "classID")
 
 
 def is_file_name(name):
@@ -476,7 +486,7 @@ def check_audio_settings(audio):
         raise UserError("the processed files are of an earlier version: run python preprocess_data.py --overwrite")
     expected = dataclasses.asdict(AudioSettings())
     differences = [
-        f"{name} is {utils.one_line(audio.get(name))} there and {expected.get(name)!r} in config.py"
+        f"{utils.one_line(name)} is {utils.one_line(audio.get(name))} there and {expected.get(name)!r} in config.py"
         for name in {**expected, **audio}
         if audio.get(name) != expected.get(name)
     ]

@@ -261,7 +261,7 @@ def write_features(folder, recordings, audio, workers):
 def report_left_out(left_out, allow_missing):
     """Print each clip that can't be used and why. UserError unless the user allowed it."""
     for name, reason in left_out.items():
-        print(f"  {name}: {reason}", file=sys.stderr)
+        print(f"  {utils.one_line(name)}: {utils.one_line(reason, longest=1000)}", file=sys.stderr)
     if left_out and not allow_missing:
         raise UserError(
             f"{len(left_out)} of the metadata's clips, named above, can't be used, and nothing was written: get them "
@@ -277,7 +277,8 @@ def report_oddities(data_dir, clips):
         return
     folds_of = clips.groupby("fsID")["fold"].nunique()
     if len(straddling := sorted(folds_of.index[folds_of > 1])):
-        print(f"recordings with clips in more than one fold, as the data set has them: {', '.join(straddling)}")
+        names = utils.one_line(", ".join(straddling))
+        print(f"recordings with clips in more than one fold, as the data set has them: {names}")
 
 
 def report_same_sounds(output_dir, clips):

@@ -432,7 +432,7 @@ def pick_device(name=config.DEVICE):
     try:
         torch.empty(1, device=name).cpu()
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # NotImplementedError is the first, too
         raise UserError(f"device {name!r} can't be used here ({one_line(error)}); try --device auto") from error
 
 

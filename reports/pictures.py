@@ -6,6 +6,7 @@ slow to import. matplotlib's `Figure` is used without pyplot, so that no display
 """
 
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ def picture(path, title, width, height):
     In one style, whatever a user's matplotlibrc says: its LaTeX or fonts could stop a picture. The title goes into the
     file as text, too.
     """
+    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)  # the import fails if what they name can't be used
     matplotlib = utils.need("matplotlib", "drawing")
     from matplotlib.figure import Figure
 

@@ -87,6 +87,8 @@ def test_setting_that_can_not_be_is_named(name, values):
         AudioSettings(sample_rate=768_000, clip_seconds=600, n_fft=32_768, hop_length=2)
     with pytest.raises(UserError, match="frames of 128 bands: raise hop_length"):
         AudioSettings(sample_rate=768_000, clip_seconds=80, n_fft=2, hop_length=1)
+    with pytest.raises(UserError, match="clips of 460800000 samples: lower clip_seconds"):
+        AudioSettings(sample_rate=768_000, clip_seconds=600, n_fft=2, hop_length=32_768, n_mels=8)
 
 
 # --- Log-mel -----------------------------------------------------------------------------------------------------
@@ -450,11 +452,19 @@ def test_chunks_behind_the_sound_are_no_sound(tmp_path):
     assert len(read_audio(path, RATE)) == 5001
 
 
-@pytest.mark.parametrize("second", [-1, -0.95])
-def test_channels_that_cancel_each_other_are_the_loudest_of_them(second, tmp_path):
+@pytest.mark.parametrize("file_format", ["wav", "aiff"])
+def test_files_joined_by_cat_are_refused(file_format, tmp_path):
+    path = write(tmp_path / f"a.{file_format}", sounds(5000, RATE)["tone"])
+    path.write_bytes(2 * path.read_bytes())
+    with pytest.raises(UserError, match="is two files, one behind the other"):
+        read_audio(path, RATE)
+
+
+@pytest.mark.parametrize(("second", "offset"), [(-1, 0), (-0.95, 0), (-1, 0.25), (-1, -0.25)])
+def test_channels_that_cancel_each_other_are_the_loudest_of_them(second, offset, tmp_path):
     tone = sounds(RATE, RATE)["tone"]
-    path = write(tmp_path / "a.wav", np.stack([tone, second * tone], axis=1), subtype="FLOAT")
-    assert np.array_equal(read_audio(path, RATE), tone)
+    path = write(tmp_path / "a.wav", np.stack([tone, second * tone], axis=1) + np.float32(offset), subtype="FLOAT")
+    assert np.array_equal(read_audio(path, RATE), tone + np.float32(offset))
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(1, 1), (999, 2), (2_000_000, 1), (RATE, 65), (RATE, 1024)])
@@ -488,5 +498,5 @@ def test_ffmpeg_that_sends_nothing_is_ended(ffmpeg, tmp_path, monkeypatch):
 
 def test_named_pipe_is_refused_rather_than_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.wav")
-    with pytest.raises(UserError, match=r"a\.wav is no regular file: name a recording"):
+    with pytest.raises(UserError, match=r"a\.wav is no regular file: cat "):
         read_audio(tmp_path / "a.wav", RATE)

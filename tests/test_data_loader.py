@@ -75,6 +75,11 @@ def test_table_is_read_as_it_stands(tmp_path, content):
         (changed(3, "class", "siren"), "line 3: class 'siren' has a classID that has a different class above"),
         (changed(5, "class", "dog_bark"), "line 5: classID '8' has a class that has a different classID above"),
         (changed(5, "class", "\x1b[2J"), r"line 5: class '\?\[2J' is no name"),
+        (
+            changed(5, "class", "classID"),
+            "line 5: class 'classID' is no name of a class",
+        ),  # a column of the predictions
+        (b"a" + b"," * 2000, "more than 1000 columns"),
         (changed(4, "slice_file_name", ROWS[0][0]), "line 4: slice_file_name '100-0-0-0.wav' is listed already"),
         (changed(2, "slice_file_name", "../../etc/passwd"), "'../../etc/passwd' is no path within the folder"),
         (changed(2, "slice_file_name", "a\0.wav"), r"line 2: slice_file_name 'a\?.wav' is no path within the folder"),

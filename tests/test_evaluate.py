@@ -68,11 +68,13 @@ def test_compare_of_runs_that_do_not_fit_is_refused(tmp_path, change, named):
         evaluate.compare(a, b)
 
 
-def test_command_reports_whatever_matplotlibrc_says(tmp_path, run_script):
+@pytest.mark.parametrize("rc", [b"text.usetex: true\nbackend: TkAgg\nfigure.dpi: 7\n", b"\xff\xfe"])
+def test_command_reports_whatever_matplotlibrc_says(rc, tmp_path, run_script):
     write_run(tmp_path / "results")
     write_clips(tmp_path / "data")
-    (tmp_path / "matplotlibrc").write_text("text.usetex: true\nbackend: TkAgg\nfigure.dpi: 7\n")
-    done = run_script("evaluate.py", "--assets_dir", tmp_path, env={"MATPLOTLIBRC": str(tmp_path)})
+    (tmp_path / "matplotlibrc").write_bytes(rc)
+    variables = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "no such backend"}
+    done = run_script("evaluate.py", "--assets_dir", tmp_path, env=variables)
     assert (done.returncode, done.stderr) == (0, "")
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert f"accuracy {100 * results['accuracy_mean']:.1f} % ± {100 * results['accuracy_std']:.1f}" in done.stdout
