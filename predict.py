@@ -118,11 +118,11 @@ def find_models(args):
 
 
 def load_models(paths):
-    """Return [(network, info)] of model files. UserError if their classes or audio settings differ."""
+    """Return [(network, info)] of model files. UserError if their classes or settings differ: they are not of a run."""
     models = [load_model(path) for path in paths]
     for path, (_, info) in zip(paths, models, strict=True):
-        for key in ("class_names", "audio"):
-            if info[key] != models[0][1][key]:
+        for key in ("class_names", "audio", "settings"):
+            if info.get(key) != models[0][1].get(key):
                 raise UserError(f"{path} and {paths[0].name} differ in {key}, so they have no mean: --fold_num N")
     return models
 

@@ -335,6 +335,8 @@ def test_all_folds_answer_with_their_mean(loaded, recording, run, tmp_path):
     write_model(tmp_path, 5, class_names=[*names[1:], names[0]])
     line = refusal(run(recording, "--model_dir", tmp_path, "--fold_num", "all"))
     assert "differ in class_names" in line and "model_fold_5_best.safetensors" in line
+    write_model(tmp_path, 5, settings={"learning_rate": 1})  # of a different run
+    assert "differ in settings" in refusal(run(recording, "--model_dir", tmp_path, "--fold_num", "all"))
 
 
 # --- Files to write ----------------------------------------------------------------------------------------------
