@@ -29,7 +29,7 @@ from scipy.fft import rfft
 from scipy.sparse import csr_array
 
 import config
-from utils import UserError
+from utils import UserError, one_line
 
 # --- Settings ----------------------------------------------------------------------------------------------------
 
@@ -116,6 +116,8 @@ MAX_LEVEL = 1e12  # full scale is 1; beyond MAX_LEVEL the power of a frame leave
 OPPOSITE = 0.1  # the sum's range in shares of a channel's, below which the channels cancel each other
 BLOCK_SAMPLES = 1 << 18  # samples of each channel that are decoded at a time: 6 s at 44.1 kHz
 TAIL_BYTES = 1 << 13  # that a file may have behind its sound (titles)
+MAX_RIFF = 0x7FFF0000  # bytes; headers of files that were written to a pipe name this or more
+CUT = 0.9  # of the length that an MP3 names or that is guessed by its size; what is shorter seems to be cut off
 SAMPLE_BYTES = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
 FFMPEG_SECONDS = 60  # s without a sample after which ffmpeg has failed
 FFMPEG_INPUTS = "aac,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav,wv"
@@ -187,8 +189,7 @@ def open_audio(path, max_hours=None):
             raise UserError(f"no such file: {path}") from error
         except OSError as error:
             raise UserError(f"can't read {path} ({error.strerror}): check its path and permissions") from error
-        if is_joined(descriptor):
-            raise UserError(f"{path} is two files, one behind the other: cut it in two, or join them as audio")
+        check_length(path, descriptor)
         try:
             file = stack.enter_context(soundfile.SoundFile(descriptor, closefd=False))
         except (soundfile.LibsndfileError, ValueError) as error:
@@ -228,6 +229,8 @@ def soundfile_blocks(path, file, descriptor):
     while len(block := file.read(BLOCK_SAMPLES, dtype=dtype, always_2d=True)):
         n_read += len(block)
         yield block
+    if file.format == "MP3" and n_read < CUT * file.frames < CUT * UNKNOWN_LENGTH:
+        print_cut(path, f"it ends after {n_read / file.samplerate:.1f} of {file.frames / file.samplerate:.1f} s")
     if file.format in ("WAV", "WAVEX"):
         yield from headerless_blocks(file, descriptor, first_byte, n_read)
     elif file.format in ("MP3", "OGG", "FLAC") and has_more(file, descriptor):
@@ -239,12 +242,22 @@ def soundfile_blocks(path, file, descriptor):
                 n_read = max(n_read - len(block), 0)
 
 
-def is_joined(descriptor):
-    """Return whether a WAV or AIFF file is followed by another, as cat joins them: the first alone would be read."""
-    name, length = os.pread(descriptor, 4, 0), os.pread(descriptor, 4, 4)
+def check_length(path, descriptor):
+    """Compare the size of a WAV or AIFF file with its header's. UserError for two joined by cat; a note if cut off."""
+    name = os.pread(descriptor, 4, 0)
     order = {b"RIFF": "little", b"FORM": "big"}.get(name)
-    is_video = os.pread(descriptor, 4, 8) == b"AVI "  # which goes on like this beyond 1 GB
-    return bool(order) and not is_video and os.pread(descriptor, 4, 8 + int.from_bytes(length, order)) == name
+    if order is None or os.pread(descriptor, 4, 8) == b"AVI ":  # a video beyond 1 GB goes on like two files
+        return
+    length = int.from_bytes(os.pread(descriptor, 4, 4), order)
+    if os.pread(descriptor, 4, 8 + length) == name:  # the first alone would be read
+        raise UserError(f"{path} is two files, one behind the other: cut it in two, or join them as audio")
+    lacking = 8 + length - os.fstat(descriptor).st_size
+    if lacking > 1 and length < MAX_RIFF:
+        print_cut(path, f"its header names {lacking} bytes more than there are")
+
+
+def print_cut(path, reason):
+    print(f"note: {one_line(path, longest=1000)} seems to be cut off: {reason}", file=sys.stderr)
 
 
 def has_more(file, descriptor):

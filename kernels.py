@@ -46,6 +46,7 @@ def fits(block, x):
         and norm.momentum is not None
         and isinstance(size, tuple)
         and size[0] * size[1] < NOWHERE
+        and not numba.config.DISABLE_JIT  # for debugging: the loops would take hours in Python
         and (pool.stride, pool.padding, pool.dilation, pool.ceil_mode) == (size, 0, 1, False)
         and not pool.return_indices
         and dropout.p < 1

@@ -147,12 +147,14 @@ def check_rows(column, is_right, fault):
 
 
 def read_history(results_dir, fold):
-    """Return a fold's history as a DataFrame of HISTORY_COLUMNS; NaN where a value is empty. None if there is no file.
+    """Return a fold's history as a DataFrame of HISTORY_COLUMNS; NaN where a value is empty.
 
-    UserError if a column is missing, or a value is not a number.
+    None if there is no file, or if it is not the one that the run in run.json wrote. UserError if a column is missing,
+    or a value is not a number.
     """
     path = Path(results_dir) / f"history_fold_{fold}.csv"
-    if not path.is_file():
+    own = read_run(results_dir).get("files", {}).get(str(fold), {}).get("history")
+    if not path.is_file() or (own and file_digest(path) != own):
         return None
     try:
         return pd.read_csv(path, usecols=HISTORY_COLUMNS, dtype=float)

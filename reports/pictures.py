@@ -7,6 +7,7 @@ slow to import. matplotlib's `Figure` is used without pyplot, so that no display
 
 import contextlib
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,8 @@ def picture(path, title, width, height):
     matplotlib = utils.need("matplotlib", "drawing")
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(), utils.atomic_write(path) as file:
+    with matplotlib.rc_context(), warnings.catch_warnings(), utils.atomic_write(path) as file:
+        warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         figure = Figure((width, height), DPI, layout="constrained")

@@ -250,6 +250,10 @@ class Publisher:
 
 def push_models(paths):
     """Send what a run's folders hold and the repository lacks. UserError if it fails, or there is nothing."""
+    for fold, own in metrics.read_run(paths.results).get("files", {}).items():
+        path = paths.models / MODEL_FILE.format(fold)
+        if path.is_file() and utils.file_digest(path) != own.get("model"):
+            raise UserError(f"{path} is not of the run in {paths.results}: remove it, or run python train.py again")
     for path in paths.checkpoints.glob("fold_[0-9]/epoch_*.safetensors"):
         keep_epoch(paths, f"{path.parent.name}/{path.name}")
     if any(paths.results.glob("predictions_fold_*.csv")):

@@ -460,6 +460,16 @@ def test_files_joined_by_cat_are_refused(file_format, tmp_path):
         read_audio(path, RATE)
 
 
+@pytest.mark.parametrize("file_format", ["wav", "aiff", "mp3"])
+def test_file_that_ends_before_its_headers_length_is_noted(file_format, tmp_path, capfd):
+    path = write(tmp_path / f"a.{file_format}", sounds(10 * RATE, RATE)["noise"])
+    read_audio(path, RATE)
+    assert "note" not in capfd.readouterr().err
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert 4 * RATE < len(read_audio(path, RATE)) < 6 * RATE
+    assert f"note: {path} seems to be cut off: it" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("second", "offset"), [(-1, 0), (-0.95, 0), (-1, 0.25), (-1, -0.25)])
 def test_channels_that_cancel_each_other_are_the_loudest_of_them(second, offset, tmp_path):
     tone = sounds(RATE, RATE)["tone"]

@@ -282,3 +282,6 @@ def test_training_fetches_its_data_and_publishes_models_and_card(run_script, ser
     assert count <= 1 + 2 + 1  # the repository's own first, each fold's end, the run's
     assert push(server, tmp_path / "assets", f"{USER}/models").returncode == 0
     assert len(server.commits[f"{USER}/models"]) == count
+    (tmp_path / "assets" / "models" / MODEL).write_bytes(b"of another run")
+    done = push(server, tmp_path / "assets", f"{USER}/models")
+    assert done.returncode == 2 and f"{MODEL} is not of the run in" in done.stderr

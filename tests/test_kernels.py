@@ -241,6 +241,17 @@ def test_fast_blocks_off_uses_the_modules_themselves(name):
     assert not torch.equal(results[0], results[2])  # the fast form draws its mask in a way of its own
 
 
+def test_plain_modules_train_where_numba_compiles_nothing():
+    code = "import audio, model, torch, kernels\n"
+    code += "kernels.fast_block = None  # it would take hours\n"
+    code += "settings = {'model': 'AudioCNN', 'block_dropout': 0.1, 'head_dropout': 0.1, 'fast_blocks': True}\n"
+    code += "network = model.build_model(settings, 3, audio.AudioSettings()).train()\n"
+    code += "print(network.view_logits(torch.zeros(2, 128, 173)).shape)"
+    env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # --- Numba's files ----------------------------------------------------------------------------------------------
 
 

@@ -114,6 +114,8 @@ def test_history_that_is_not_there_is_none_and_an_empty_value_nan(tmp_path):
     assert metrics.read_history(folder, 7) is None
     history = metrics.read_history(folder, 0)
     assert history["epoch"].tolist() == [1, 2, 3] and history["validation_loss"].isna().all()
+    (folder / "run.json").write_text('{"files": {"0": {"history": "the digest of another file"}}}')
+    assert metrics.read_history(folder, 0) is None
 
 
 # --- Results -----------------------------------------------------------------------------------------------------
