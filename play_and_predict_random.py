@@ -53,6 +53,17 @@ def choose_clips(clips, class_name=None, fold=None):
     return clips
 
 
+def folds_in_use(clips, table):
+    """Return the clips' folds as stage 2 stored them: config.py may differ by now. Without its table, as given."""
+    if not table.is_file():
+        return clips["fold"]
+    key = "recording" if "recording" in clips else "slice_file_name"
+    stored = data_loader.read_clip_table(table)
+    if key not in stored:
+        return clips["fold"]
+    return clips[key].map(stored.groupby(key)["fold"].first()).fillna(clips["fold"]).astype(int)
+
+
 def keep_testable(clips, model_dir):
     """Return the clips whose fold has a model, after a line about the others. UserError if none has one."""
     folds = sorted(set(clips["fold"] - 1))
@@ -103,6 +114,7 @@ def main():
     data_dir = utils.folder(args.data_dir, args.assets_dir, config.DATASET_DIR)
     model_dir = utils.run_folders(args).models
     _, clips = data_loader.read_dataset(data_dir)
+    clips["fold"] = folds_in_use(clips, utils.run_folders(args).processed / "clips.csv")
     clips = keep_testable(choose_clips(clips, args.class_name, args.fold), model_dir)
     if args.count > len(clips):
         print(f"there are {len(clips)} such clips, not {args.count}")

@@ -149,8 +149,9 @@ def report_text(results):
         "Training": [picture("curves.png", "Accuracy and loss of every epoch")],
         "Run": [run_table(results["run"]) if results["run"] else ""],
     }
+    source = escape(results["run"].get("source", ""))
     parts = [
-        f"# {titled('Results', results)}",
+        f"# {titled(f'Results on {source}' if source else 'Results', results)}",
         f"**{summary_line(results)}**",
         f"They speak for {coverage(results)} of the data set at hand; only a mean over all folds of the whole data set "
         f"compares with published results. Protocol: {PROTOCOLS[results['protocol']]}. Over all clips together: "

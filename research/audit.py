@@ -132,7 +132,7 @@ def audit(paths, data=None):
     """
     data = data or data_loader.load_processed(paths.processed)
     findings = duplicates_across_folds(data) + cells_that_tell_the_class(data)
-    looked_at = [f"{len(data.labels)} clips"]
+    looked_at = [f"{len(data.labels)} clips of {utils.one_line(data.info['source'])}"]
     files = metrics.read_run(paths.results).get("files", {})
     for fold in np.unique(data.folds - 1).tolist():
         findings += damaged_checkpoints(checkpoint.fold_dir(paths.checkpoints, fold))

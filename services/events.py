@@ -17,7 +17,7 @@ class Services:
     def __init__(self, assets_dir, paths, data, run):
         self.paths, self.data, self.assets_dir = paths, data, assets_dir
         self.publisher = hub.Publisher(paths)
-        self.tracker = tracking.Tracker(assets_dir, run.settings, run.run_id)
+        self.tracker = tracking.Tracker(assets_dir, {**run.settings, "source": data.info["source"]}, run.run_id)
 
     def __enter__(self):
         return self

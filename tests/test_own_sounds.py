@@ -10,6 +10,7 @@ import soundfile
 
 import config
 import data_loader
+import play_and_predict_random
 from audio import AudioSettings
 from services import cards
 from utils import UserError
@@ -61,10 +62,10 @@ def test_folder_for_each_class_is_trained_reported_and_predicts(folder, run_scri
     done = scripts.run("train", *flags)
     assert done.returncode == 0, done.stderr
     assert "5 of 5 folds, 18 of 18 clips: accuracy" in done.stdout and "macro F1" in done.stdout
-    assert "audit: nothing found" in done.stdout
+    assert "audit: nothing found in 18 clips of my sounds" in done.stdout
     report = (assets / "results" / "report.md").read_text()
     assert "with every recording counted once, by the mean of its clips," in report and "| beep " in report
-    assert "my sounds" in report and "UrbanSound8K" not in report and "foreground" not in report
+    assert "# Results on my sounds" in report and "UrbanSound8K" not in report and "foreground" not in report
     results = json.loads((assets / "results" / "results.json").read_text())
     for card in (
         cards.data_card(assets / "data", "me/mine"),
@@ -74,6 +75,12 @@ def test_folder_for_each_class_is_trained_reported_and_predicts(folder, run_scri
     new = write(tmp_path / "new.wav", "hum", 3, 77)
     done = scripts.run("predict", new, "--assets_dir", assets, "--fold_num", "all", "--quiet")
     assert done.stdout == "hum\n", done.stderr
+    stored = data_loader.read_clip_table(assets / "data" / "clips.csv")
+    _, clips = data_loader.read_dataset(folder, group_by="file")
+    folds = play_and_predict_random.folds_in_use(clips.assign(fold=9), assets / "data" / "clips.csv")
+    assert dict(zip(clips["recording"], folds, strict=True)) == dict(
+        zip(stored["recording"], stored["fold"], strict=True)
+    )
 
 
 def test_esc50_has_its_own_folds_and_numbers(tmp_path, run_script):
