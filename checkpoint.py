@@ -151,9 +151,8 @@ def check_parts(checkpoint):
     try:
         json.dumps([checkpoint[name] for name in ("best", "history", "run_id", "settings")])
         best, epochs = checkpoint["best"], [row["epoch"] for row in checkpoint["history"]]
-        has_loss = isinstance(best["validation_loss"], float)
-        is_right = epochs == list(range(1, checkpoint["epoch"] + 1)) and best["epoch"] in epochs
-        is_right = is_right and has_loss == (checkpoint["settings"]["validation"] != "none")
+        is_loss = best["validation_loss"] is None or isinstance(best["validation_loss"], float)
+        is_right = epochs == list(range(1, checkpoint["epoch"] + 1)) and best["epoch"] in epochs and is_loss
     except (KeyError, TypeError):
         is_right = False
     if not is_right:
@@ -210,7 +209,7 @@ def is_state(value):
     if not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
         return False
     return all(
-        re.fullmatch("[0-9]", fold)
+        fold in map(str, utils.ALL_FOLDS)
         and isinstance(entry, dict)
         and isinstance(entry.get("files", {}), dict)
         and isinstance(entry.get("done"), bool)
@@ -239,7 +238,7 @@ class Run:
         """Make a state that is missing, damaged or of a different run this run's. Return the run's id."""
         what = f"the run in {self.paths.checkpoints}"
         run_ids = []
-        for fold in range(utils.MAX_FOLDS):
+        for fold in utils.ALL_FOLDS:
             if checkpoint := load_newest(fold_dir(self.paths.checkpoints, fold)):
                 check_settings(checkpoint["settings"], self.settings, f"fold {fold} of {what}")
                 run_ids.append(checkpoint["run_id"])
@@ -332,7 +331,7 @@ def remove_folds(paths, folds, settings):
     UserError, and nothing is removed, if other folds stay that have different settings than the new run's, or if
     another process trains one of these.
     """
-    for fold in set(range(utils.MAX_FOLDS)) - set(folds):
+    for fold in set(utils.ALL_FOLDS) - set(folds):
         if checkpoint := load_newest(fold_dir(paths.checkpoints, fold)):
             check_settings(checkpoint["settings"], settings, f"fold {fold} in {paths.checkpoints}, which stays,")
     with contextlib.ExitStack() as locks:
@@ -345,7 +344,7 @@ def remove_folds(paths, folds, settings):
             for name in ("predictions", "history"):
                 result_path(paths.results, name, fold).unlink(missing_ok=True)
         state = load_state(paths.checkpoints / "training_state.json")
-        state["folds"] = {fold: entry for fold, entry in state["folds"].items() if int(fold) not in folds}
+        state["folds"] = {fold: entry for fold, entry in state["folds"].items() if fold not in map(str, folds)}
         if state["folds"]:
             utils.save_json(paths.checkpoints / "training_state.json", state)
         else:

@@ -2,6 +2,7 @@
 
     python train.py                                   # every fold, with config.py's settings
     python train.py --folds 0,3-5 --epochs 8          # some folds, shorter
+    python train.py --folds none                      # one network on all clips: for use, it has no test
     python train.py --learning_rate 1e-3 --processed_dir DATA --assets_dir ~/sweep/lr1e-3
     torchrun --nproc-per-node=4 train.py              # four folds at a time; so does starting it four times
 
@@ -44,7 +45,7 @@ import config
 import data_loader
 import model
 import utils
-from reports import tables
+from reports import metrics, tables
 from research import audit
 from services import events, hub
 from utils import UserError
@@ -78,7 +79,9 @@ def parse_args():
     add = parser.add_argument
     add("--processed_dir", metavar="DIR", help="processed files of stage 2 (default: data/ in the assets)")
     add("--model_dir", metavar="DIR", help="where each fold's best model goes (default: models/ in the assets)")
-    add("--folds", type=utils.parse_folds, help="0-indexed folds to train and test, as in 0,3-5 (default: all present)")
+    add(
+        "--folds", type=utils.parse_folds, help="0-indexed, as in 0,3-5, or none to train on all (default: all present)"
+    )
     types = typing.get_type_hints(config)
     for name in (*CHOICES, *RANGES):
         kind, default = types[name.upper()], getattr(config, name.upper())
@@ -275,7 +278,10 @@ def make_fold(number, data, features, settings, run, device):
 
     features: data.features as `place_features` gives them; run: a checkpoint.Run.
     """
-    training, validation, test = data_loader.split(data.folds, number + 1, settings["validation"])
+    if number == utils.NO_FOLD:
+        training, validation, test = np.arange(len(data.labels)), np.arange(0), np.arange(0)
+    else:
+        training, validation, test = data_loader.split(data.folds, number + 1, settings["validation"])
     class_ids = np.array(list(data.class_names))
     targets = torch.from_numpy((data.labels[:, None] == class_ids).astype(np.float32))  # (clips, classes)
     torch.manual_seed(utils.derive_seed("weights", settings["seed"], number))
@@ -343,7 +349,8 @@ def next_checkpoint(fold, row, settings, run_id):
     """Return the checkpoint of the epoch just trained (see checkpoint.py), given its row of the history."""
     before = fold.newest
     best = before and before["best"]
-    if best is None or row["validation_loss"] is None or row["validation_loss"] < best["validation_loss"]:
+    losses = row["validation_loss"], best and best["validation_loss"]
+    if None in losses or losses[0] < losses[1]:
         best, best_model = {"epoch": row["epoch"], "validation_loss": row["validation_loss"]}, None
     else:
         best_model = checkpoint.best_weights(before)
@@ -411,6 +418,22 @@ def test_fold(fold, data, settings, run):
     return scores, is_last
 
 
+def keep_without_test(fold, run):
+    """Write the model of a network that trained on all clips, and record it as done. Return what `test_fold` does.
+
+    Its temperature is fitted to the run's test predictions, of networks like this one, as far as folds are tested.
+    """
+    fitted = {}
+    if any(run.paths.results.glob("predictions_fold_*.csv")):
+        tested = metrics.read_predictions(run.paths.results)
+        logits = torch.from_numpy(tested.probabilities).clamp(min=1e-12).log()  # (clips, classes), up to a constant
+        fitted = {"temperature": fit_temperature(logits, torch.tensor(tested.true))}
+    path = model.model_path(run.paths.models, fold.number)
+    model.save_model(path, fold.newest["model"], {**fold.info, **fitted})
+    print(f"trained on all {len(fold.training)} clips -> {path}. It has no test; the folds of this run have")
+    return {}, run.record(fold, done=True, **fitted)
+
+
 # --- The run -----------------------------------------------------------------------------------------------------
 
 
@@ -422,11 +445,11 @@ def main():
     data = load_data(paths.processed)
     present = sorted({int(fold) - 1 for fold in data.folds})
     folds = args.folds or present
-    if absent := [fold for fold in folds if fold not in present]:
+    if absent := [fold for fold in folds if fold not in [*present, utils.NO_FOLD]]:
         raise UserError(f"--folds {absent} have no clips in {paths.processed}; the folds present are {present}")
     settings = training_settings(args, data)
     if args.fresh:
-        start_again(paths, args.folds or range(utils.MAX_FOLDS), settings)  # also folds that are gone
+        start_again(paths, args.folds or utils.ALL_FOLDS, settings)  # also folds that are gone
     run = checkpoint.Run(paths, settings, folds)
     with events.Services(args.assets_dir, paths, data, run) as services:
         try:
@@ -446,8 +469,9 @@ def start_again(paths, folds, settings):
 def cross_validate(data, settings, run, device, services):
     """Train and test the folds that no other process has, then write the report if the last of them was ours."""
     done = [fold for fold in run.folds if run.is_done(fold)]
+    folds = "no test" if run.folds == [utils.NO_FOLD] else f"{len(run.folds)} of {len(set(data.folds))} folds"
     print(
-        f"{settings['model']} on {device}: {len(data.labels)} clips, {len(run.folds)} of {len(set(data.folds))} folds, "
+        f"{settings['model']} on {device}: {len(data.labels)} clips, {folds}, "
         f"{settings['epochs']} epochs, validation {settings['validation']} -> {run.paths.checkpoints}"
     )
     for fold in done:
@@ -460,9 +484,11 @@ def cross_validate(data, settings, run, device, services):
         resume(fold, settings)
         services.start_fold(fold)
         train_fold(fold, settings, run, services)
-        scores, is_last = test_fold(fold, data, settings, run)
+        scores, is_last = test_fold(fold, data, settings, run) if len(fold.test) else keep_without_test(fold, run)
         run.write_info(data)
         services.after_fold(fold, scores)
+    if run.folds == [utils.NO_FOLD]:
+        return
     if not is_last:
         print("The other folds are in the hands of other processes; the last of them writes the report.")
         return

@@ -45,6 +45,8 @@ class UserError(Exception):
 
 
 MAX_FOLDS = 10  # of a data set: fold numbers have one digit, 0 to 9
+NO_FOLD = "none"  # in place of a number: all clips train, and none tests
+ALL_FOLDS = (*range(MAX_FOLDS), NO_FOLD)
 REMEDIES = {  # for what a disk or a path answers
     errno.ENOSPC: "make room on the disk, or name a folder on another with --assets_dir",
     errno.EDQUOT: "your disk quota is used up: make room, or name another folder with --assets_dir",
@@ -191,13 +193,15 @@ def positive_float(text):
 
 
 def parse_folds(text):
-    """Return the sorted 0-indexed folds in a list such as "0,3-5" -> [0, 3, 4, 5]."""
+    """Return the sorted 0-indexed folds in a list such as "0,3-5" -> [0, 3, 4, 5]; "none" -> [NO_FOLD]."""
+    if text == NO_FOLD:
+        return [NO_FOLD]
     folds = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d)(?:\s*-\s*(\d))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise argparse.ArgumentTypeError(f"{part!r} is not a fold; folds are 0 to 9, as in 0,3-5")
+            raise argparse.ArgumentTypeError(f"{part!r} is not a fold; folds are 0 to 9, as in 0,3-5, or none")
         folds.update(range(first, last + 1))
     return sorted(folds)
 

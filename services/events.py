@@ -31,7 +31,8 @@ class Services:
 
     def after_fold(self, fold, scores):
         self.publisher.add_model(fold.number)
-        self.tracker.end_fold(fold, self.paths, scores)
+        if scores:  # else it has no test
+            self.tracker.end_fold(fold, self.paths, scores)
 
     def at_end(self, results):
         self.tracker.log_summary(results, self.paths.results)

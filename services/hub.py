@@ -177,9 +177,9 @@ def send(paths):
     outbox, repo_id = paths.checkpoints / "outbox", config.HF_MODEL_REPO_ID
     what = f"the model repository {repo_id} on the Hub is not updated"
     with failures(what), utils.try_lock(outbox / ".hub.lock", wait=True):
-        epochs = sorted(outbox.glob("fold_[0-9]/epoch_*.safetensors"))
+        epochs = sorted(outbox.glob("fold_*/epoch_*.safetensors"))
         files = {f"checkpoints/{path.parent.name}/{path.name}": path for path in epochs}
-        files |= {path.name: path for path in paths.models.glob(MODEL_FILE.format("[0-9]"))}
+        files |= {path.name: path for path in paths.models.glob(MODEL_FILE.format("*"))}
         files |= {name: paths.results / name for name in RESULT_FILES if (paths.results / name).is_file()}
         if files:
             commit(repo_id, "model", files, f"Training: {len(epochs)} epochs, and models and report as they are now")
@@ -254,7 +254,7 @@ def push_models(paths):
         path = paths.models / MODEL_FILE.format(fold)
         if path.is_file() and utils.file_digest(path) != own.get("model"):
             raise UserError(f"{path} is not of the run in {paths.results}: remove it, or run python train.py again")
-    for path in paths.checkpoints.glob("fold_[0-9]/epoch_*.safetensors"):
+    for path in paths.checkpoints.glob("fold_*/epoch_*.safetensors"):
         keep_epoch(paths, f"{path.parent.name}/{path.name}")
     if any(paths.results.glob("predictions_fold_*.csv")):
         predictions = metrics.read_predictions(paths.results, paths.processed)

@@ -133,7 +133,7 @@ DAMAGES = {
     "without its optimizer": lambda path: without(path, "optimizer"),
     "a number": lambda path: checkpoint.write_pt(path, 5),
     "best that is a list": lambda path: rewrite(path, best=[1]),
-    "best without a loss": lambda path: rewrite(path, best={"epoch": 3, "validation_loss": None}),
+    "best without a loss": lambda path: rewrite(path, best={"epoch": 3}),
     "history of other epochs": lambda path: rewrite(path, history=[{"epoch": 3}]),
     "settings that are tensors": lambda path: rewrite(path, settings={"seed": torch.ones(3)}),
     "weights that are numbers": lambda path: rewrite(path, model={"weight": 3}),

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import sklearn.metrics
 import torch
 from conftest import REPOSITORY
 from PIL import Image
@@ -512,6 +514,26 @@ def test_fresh_with_other_settings_starts_again(assets, run_train):
     assert epoch_lines(done.stdout) == [(fold, 1) for fold in FOLDS]
     assert not list(assets.rglob("epoch_3.*"))
     assert model.load_model(model.model_path(assets / "models", 0))[1]["settings"]["epochs"] == 1
+
+
+def test_training_on_all_clips_is_a_model_without_a_test_beside_the_folds(assets, reference, run_train, data):
+    predictions = pd.concat(pd.read_csv(path) for path in (assets / "results").glob("predictions_fold_*.csv"))
+    shares = predictions[["dog_bark", "siren"]].to_numpy(float)
+    shares = shares / shares.sum(axis=1, keepdims=True)
+    loss = sklearn.metrics.log_loss(predictions["classID"], shares)
+    done = run_train(assets, "--folds", "none")
+    assert done.returncode == 0, done.stderr
+    assert "no test" in done.stdout and "val_loss" not in done.stdout
+    network, info = model.load_model(model.model_path(assets / "models", "none"))
+    mean, _ = data_loader.band_statistics(data_loader.load_processed(data).features, range(24))
+    assert info["training_folds"] == [1, 2, 3] and np.allclose(network.band_mean, mean)
+    scaled = shares ** (1 / info["temperature"])
+    scaled = scaled / scaled.sum(axis=1, keepdims=True)
+    assert sklearn.metrics.log_loss(predictions["classID"], scaled) < loss  # fitted to the folds' tests
+    assert epoch_lines(run_train(assets, "--folds", "none").stdout) == []
+    evaluated = run_train(assets).stdout  # the folds are as they were, and so is their report
+    assert epoch_lines(evaluated) == [] and "3 of 3 folds, 24 of 24 clips" in evaluated
+    assert not list((assets / "results").glob("predictions_fold_none*"))
 
 
 # --- The protocol ------------------------------------------------------------------------------------------------
