@@ -27,7 +27,7 @@ import torch
 
 import config
 import utils
-from model import is_temperature, model_path, save_model
+from model_file import is_temperature, model_path, save_model
 from utils import UserError
 
 CHECKSUM_BYTES = 32

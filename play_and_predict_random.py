@@ -19,7 +19,7 @@ import data_loader
 import predict
 import utils
 from audio import read_audio
-from model import find_model, folds_in, load_model
+from model_file import find_model, folds_in, load_model
 from reports import answers
 from services import sound
 from utils import UserError

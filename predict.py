@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import utils
 from audio import AUDIO_SUFFIXES, AudioSettings, clip_features, duration, find_audio_files, stream_audio, windows
-from model import find_model, folds_in, load_model
+from model_file import find_model, folds_in, load_model
 from reports import answers
 from reports.answers import Answer
 from utils import UserError

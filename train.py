@@ -44,6 +44,7 @@ import checkpoint
 import config
 import data_loader
 import model
+import model_file
 import utils
 from reports import metrics, tables
 from research import audit
@@ -315,7 +316,7 @@ def resume(fold, settings):
     if fold.newest is None:
         return
     for state in (fold.newest["model"], checkpoint.best_weights(fold.newest)):
-        model.check_state(f"{fold.folder} (--fresh starts again)", state, fold.network.state_dict())
+        model_file.check_state(f"{fold.folder} (--fresh starts again)", state, fold.network.state_dict())
     fold.network.load_state_dict(fold.newest["model"])
     checkpoint.load_optimizer(fold.optimizer, fold.newest["optimizer"], fold.folder)
     checkpoint.follow_up(fold.folder, fold.newest, fold.info)
@@ -387,7 +388,7 @@ def fit_temperature(logits, classes):
     from scipy.optimize import minimize_scalar
 
     logits = logits.double()
-    bounds = tuple(map(math.log, model.TEMPERATURE_RANGE))
+    bounds = tuple(map(math.log, model_file.TEMPERATURE_RANGE))
     found = minimize_scalar(lambda x: cross_entropy(logits / math.exp(x), classes).item(), bounds=bounds)
     return round(math.exp(found.x), 4)
 
@@ -411,7 +412,7 @@ def test_fold(fold, data, settings, run):
     with utils.atomic_write(checkpoint.result_path(run.paths.results, "predictions", fold.number), "w") as file:
         table.to_csv(file, index=False, float_format="%.9g", lineterminator="\n")
     info = {**fold.info, **fitted, "scores": scores}
-    model.save_model(model.model_path(run.paths.models, fold.number), fold.network.state_dict(), info)
+    model_file.save_model(model_file.model_path(run.paths.models, fold.number), fold.network.state_dict(), info)
     is_last = run.record(fold, done=True, **scores, **fitted)
     epoch = scores["best_epoch"]
     print(f"fold {fold.number}: tested on {len(classes)} clips with epoch {epoch}: accuracy {accuracy:.4f}")
@@ -428,8 +429,8 @@ def keep_without_test(fold, run):
         tested = metrics.read_predictions(run.paths.results)
         logits = torch.from_numpy(tested.probabilities).clamp(min=1e-12).log()  # (clips, classes), up to a constant
         fitted = {"temperature": fit_temperature(logits, torch.tensor(tested.true))}
-    path = model.model_path(run.paths.models, fold.number)
-    model.save_model(path, fold.newest["model"], {**fold.info, **fitted})
+    path = model_file.model_path(run.paths.models, fold.number)
+    model_file.save_model(path, fold.newest["model"], {**fold.info, **fitted})
     print(f"trained on all {len(fold.training)} clips -> {path}. It has no test; the folds of this run have")
     return {}, run.record(fold, done=True, **fitted)
 

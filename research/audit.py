@@ -23,7 +23,8 @@ import pandas as pd
 import checkpoint
 import data_loader
 import utils
-from model import load_model, logits_of, model_path
+from model import logits_of
+from model_file import load_model, model_path
 from reports import metrics
 from utils import UserError
 

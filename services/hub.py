@@ -20,6 +20,7 @@ import config
 import data_loader
 import utils
 from data_loader import PROCESSED_FILES
+from model_file import MODEL_FILE
 from reports import metrics
 from services import cards
 from utils import UserError
@@ -27,7 +28,6 @@ from utils import UserError
 ANSWER_SECONDS = 30  # s of silence after which a request has failed
 FINISH_SECONDS = 120  # s that a finished training waits for its last commit
 STOP_SECONDS = 3  # s that an interrupted one waits
-MODEL_FILE = "model_fold_{}_best.safetensors"  # as model.py names it; importing that takes torch's seconds
 RESULT_FILES = ("README.md", "results.json", "report.md", "confusion_matrix.png")  # README.md is the model card
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 import config
 import utils
 from checkpoint import result_path
-from model import model_path
+from model_file import model_path
 from reports import metrics
 
 FINISH_SECONDS = 60  # s that a finished fold waits for its last uploads

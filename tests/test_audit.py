@@ -10,7 +10,7 @@ from result_files import read_rows, write_rows
 from safetensors.torch import load_file
 
 import data_loader
-import model
+import model_file
 import utils
 from research import audit
 
@@ -47,8 +47,8 @@ def change_data(assets, change):
 
 
 def change_model(assets, tensors=None, **info):
-    path = model.model_path(assets / "models", 0)
-    model.save_model(path, {**load_file(path), **(tensors or {})}, {**model.load_model(path)[1], **info})
+    path = model_file.model_path(assets / "models", 0)
+    model_file.save_model(path, {**load_file(path), **(tensors or {})}, {**model_file.load_model(path)[1], **info})
 
 
 def test_damaged_checkpoint_is_named(assets):
@@ -93,7 +93,7 @@ def test_model_that_trained_on_its_test_fold_is_named(assets):
 
 
 def test_normalisation_with_different_clips_is_named(assets):
-    network, _ = model.load_model(model.model_path(assets / "models", 0))
+    network, _ = model_file.load_model(model_file.model_path(assets / "models", 0))
     change_model(assets, {name: network.get_buffer(name) + 1 for name in ("band_mean", "band_std")})
     found = findings(assets)
     for name in ("band_mean", "band_std"):
@@ -108,7 +108,7 @@ def test_model_with_untrusted_metadata_is_a_finding(assets, numbers):
 
 
 def test_damaged_model_and_predictions_are_findings(assets):
-    model.model_path(assets / "models", 0).write_bytes(b"half")
+    model_file.model_path(assets / "models", 0).write_bytes(b"half")
     (assets / "results" / "predictions_fold_1.csv").write_text("half")
     found = findings(assets)
     assert "model_fold_0_best.safetensors" in found and "predictions_fold_1.csv, line 1" in found

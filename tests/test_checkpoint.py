@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import checkpoint
 import config
 import utils
-from model import model_path
+from model_file import model_path
 from utils import UserError
 
 SETTINGS = {"model": "AudioCNN", "epochs": 3, "validation": "next_fold", "learning_rate": 0.003, "data": "abc"}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from untrained import SETTINGS
 
 import model
+import model_file
 import train
 from audio import AudioSettings
 from utils import UserError
@@ -147,8 +148,8 @@ def test_new_network_is_a_class_and_a_name(tmp_path, monkeypatch):
     losses = [train.train_step(network, optimizer, x, targets, step)[0].item() for _ in range(20)]
     assert losses[-1] < losses[0]
     info = {**INFO, "model": "Tiny", "audio": dataclasses.asdict(DEFAULT)}
-    model.save_model(tmp_path / "tiny.safetensors", network.state_dict(), info)
-    loaded, _ = model.load_model(tmp_path / "tiny.safetensors")
+    model_file.save_model(tmp_path / "tiny.safetensors", network.state_dict(), info)
+    loaded, _ = model_file.load_model(tmp_path / "tiny.safetensors")
     assert torch.equal(model.logits_of(loaded, x), model.logits_of(network, x))
 
 
@@ -174,17 +175,17 @@ def state():
 @pytest.fixture
 def path(tmp_path, state):
     """A sound model file."""
-    path = model.model_path(tmp_path / "models", 2)
-    model.save_model(path, state, INFO)
+    path = model_file.model_path(tmp_path / "models", 2)
+    model_file.save_model(path, state, INFO)
     return path
 
 
 def test_model_file_comes_back_as_saved(path, state):
     assert [file.name for file in path.parent.iterdir()] == ["model_fold_2_best.safetensors"]
-    assert model.find_model(path.parent, 2) == model.find_model(path, 0) == path
-    model.save_model(path.with_name("again"), dict(reversed(state.items())), INFO)
+    assert model_file.find_model(path.parent, 2) == model_file.find_model(path, 0) == path
+    model_file.save_model(path.with_name("again"), dict(reversed(state.items())), INFO)
     assert path.with_name("again").read_bytes() == path.read_bytes()  # the same model is the same bytes
-    network, info = model.load_model(path)
+    network, info = model_file.load_model(path)
     path.write_bytes(b"")  # the network does not hold on to its file
     assert info == INFO
     assert not network.training
@@ -196,15 +197,15 @@ def test_model_file_comes_back_as_saved(path, state):
 def test_missing_model_says_which_there_are(path, tmp_path):
     assert "run python train.py" in refusal(tmp_path / "model_fold_0_best.safetensors")
     with pytest.raises(UserError, match=r"no model of fold 0 in .*: --fold_num is one of 2"):
-        model.find_model(path.parent, 0)
+        model_file.find_model(path.parent, 0)
     with pytest.raises(UserError, match=r"no model of fold 0 in .*: run python train\.py"):
-        model.find_model(tmp_path, 0)
+        model_file.find_model(tmp_path, 0)
 
 
 def refusal(path):
     """The one line that load_model refuses a file with; it names the file."""
     with pytest.raises(UserError) as caught:
-        model.load_model(path)
+        model_file.load_model(path)
     message = str(caught.value)
     assert str(path) in message and message.isprintable()
     assert len(message) < 1500
@@ -227,7 +228,7 @@ def without(mapping, key):
     ],
 )
 def test_weights_that_do_not_fit_are_named(change, named, path, state):
-    model.save_model(path, change(state), INFO)
+    model_file.save_model(path, change(state), INFO)
     assert f"does not fit its network: {named}" in refusal(path)
 
 
@@ -252,7 +253,7 @@ def test_weights_that_do_not_fit_are_named(change, named, path, state):
     ],
 )
 def test_metadata_that_can_not_be_are_named(change, named, path, state):
-    model.save_model(path, state, {**INFO, **change})
+    model_file.save_model(path, state, {**INFO, **change})
     assert named in refusal(path)
 
 
@@ -322,7 +323,7 @@ def test_fuzzed_file_loads_or_is_refused(fuzz, path):
     def load(data):
         path.write_bytes(fuzz(blob, data.draw))
         try:
-            network, info = model.load_model(path)
+            network, info = model_file.load_model(path)
         except UserError as error:
             assert str(error).isprintable()
             return

@@ -11,7 +11,7 @@ from untrained import write_model
 
 import predict
 from audio import read_audio
-from model import load_model, model_path
+from model_file import load_model, model_path
 
 Shown = collections.namedtuple("Shown", "name fold model shares truth")
 

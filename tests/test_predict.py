@@ -17,6 +17,7 @@ from untrained import write_model
 
 import data_loader
 import model
+import model_file
 import predict
 import utils
 from audio import read_audio
@@ -40,7 +41,7 @@ def assets(tmp_path_factory, miniature, run_script):
 @pytest.fixture(scope="module")
 def loaded(assets):
     """(network, info) of the model."""
-    return model.load_model(model.model_path(assets / "models", 0))
+    return model_file.load_model(model_file.model_path(assets / "models", 0))
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_output_is_the_softmax_of_what_testing_computes(temperature, assets, min
     expected = (model.logits_of(network, data.features[:1]) / (temperature or 1)).softmax(dim=1)[0]
     clip = miniature / "audio" / f"fold{data.folds[0]}" / data.clips["slice_file_name"][0]
     path = tmp_path / "model.safetensors"
-    model.save_model(path, network.state_dict(), {**info, **({"temperature": temperature} if temperature else {})})
+    model_file.save_model(path, network.state_dict(), {**info, **({"temperature": temperature} if temperature else {})})
     seconds, _, shares = read_output(scripts.run("predict", clip, "--model_dir", path, "--assets_dir", tmp_path))
     assert seconds == pytest.approx(soundfile.info(clip).duration, abs=0.01)
     for name, probability in zip(info["class_names"], expected.tolist(), strict=True):
@@ -283,7 +284,7 @@ def test_model_file_alone_is_enough(assets, recording, run, scripts, tmp_path):
     expected = run(recording).stdout
     copy = tmp_path / "empty" / "model_fold_0_best.safetensors"
     copy.parent.mkdir()
-    shutil.copy(model.model_path(assets / "models", 0), copy)
+    shutil.copy(model_file.model_path(assets / "models", 0), copy)
     for flags in (("--model_dir", copy.parent), ("--model_dir", copy, "--fold_num", 7)):
         done = scripts.run("predict", recording, "--assets_dir", tmp_path / "nothing", *flags)
         assert done.stdout == expected, done.stderr
@@ -294,8 +295,8 @@ def test_model_that_is_missing_or_damaged_is_named(assets, recording, run, tmp_p
         line = refusal(run(recording, "--fold_num", number))
         assert f"no model of fold {number} in {assets / 'models'}: --fold_num is one of 0" in line
     assert f"no model of fold 0 in {tmp_path}" in refusal(run(recording, "--model_dir", tmp_path, "--fold_num", "all"))
-    path = model.model_path(tmp_path, 0)
-    path.write_bytes(model.model_path(assets / "models", 0).read_bytes()[:-100])
+    path = model_file.model_path(tmp_path, 0)
+    path.write_bytes(model_file.model_path(assets / "models", 0).read_bytes()[:-100])
     assert f"{path} is not a readable safetensors file" in refusal(run(recording, "--model_dir", tmp_path))
     done = run(recording, "--fold_num", "first")
     assert done.returncode == 2 and "--fold_num" in done.stderr.splitlines()[-1]
@@ -305,7 +306,7 @@ def test_model_whose_numbers_overflow_is_named(recording, loaded, run, tmp_path)
     network, info = loaded
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     state["logits.weight"].fill_(3e38)
-    model.save_model(tmp_path / "wild.safetensors", state, info)
+    model_file.save_model(tmp_path / "wild.safetensors", state, info)
     line = refusal(run(recording, "--model_dir", tmp_path / "wild.safetensors"))
     assert f"{recording}: the model gives no probabilities for it" in line
 
@@ -325,7 +326,7 @@ def test_all_folds_answer_with_their_mean(loaded, recording, run, tmp_path):
         write_model(tmp_path, fold)
         single += as_json(run(recording, "--json", "--model_dir", tmp_path, "--fold_num", fold))
     (mean,) = as_json(run(recording, "--json", "--model_dir", tmp_path, "--fold_num", "all"))
-    assert mean["models"] == [model.model_path(tmp_path, fold).name for fold in (0, 4)]
+    assert mean["models"] == [model_file.model_path(tmp_path, fold).name for fold in (0, 4)]
     for name, share in mean["probabilities"].items():
         expected = np.mean([value["probabilities"][name] for value in single])
         assert share == pytest.approx(expected, abs=1e-4)

@@ -25,6 +25,7 @@ from run_files import assert_same_files, epoch_lines, files_of, plain
 import checkpoint
 import data_loader
 import model
+import model_file
 import train
 
 FOLDS, EPOCHS = (0, 1, 2), 3
@@ -113,7 +114,7 @@ def test_what_the_files_of_a_run_say(reference):
         np.testing.assert_allclose(shares.sum(axis=1), 1, atol=1e-5)
         accuracy = float((shares.argmax(axis=1) == [int(row[1]) for row in rows]).mean())
 
-        _, info = model.load_model(model.model_path(assets / "models", fold))
+        _, info = model_file.load_model(model_file.model_path(assets / "models", fold))
         assert info["temperature"] == entry["temperature"]
         run = json.loads((assets / "results" / "run.json").read_text())
         assert run["temperatures"][str(fold)] == entry["temperature"]
@@ -125,13 +126,13 @@ def test_what_the_files_of_a_run_say(reference):
         assert plain(torch.load(folder / "best_model_this_fold.pt", weights_only=True)["model"]) == plain(
             checkpoint.best_weights(newest)
         )
-        chosen, _ = model.load_model(model.model_path(assets / "models", fold))
+        chosen, _ = model_file.load_model(model_file.model_path(assets / "models", fold))
         assert plain(chosen.state_dict()) == plain(checkpoint.best_weights(newest))
 
 
 def network_outputs(assets, fold, clips_fold, data):
     """Return (logits, columns of the true classes) of a data set's fold by a fold's model file, computed plainly."""
-    network, _ = model.load_model(model.model_path(assets / "models", fold))
+    network, _ = model_file.load_model(model_file.model_path(assets / "models", fold))
     processed = data_loader.load_processed(data)
     members = processed.folds == clips_fold
     with torch.inference_mode():
@@ -168,7 +169,7 @@ def test_temperature_is_that_of_the_validation_clips(reference, data):
 def test_without_clean_validation_clips_there_is_no_temperature(validation, run_train, tmp_path):
     done = run_train(tmp_path, "--folds", 0, "--epochs", 1, "--validation", validation)
     assert done.returncode == 0, done.stderr
-    _, info = model.load_model(model.model_path(tmp_path / "models", 0))
+    _, info = model_file.load_model(model_file.model_path(tmp_path / "models", 0))
     entry = json.loads((tmp_path / "checkpoints" / "training_state.json").read_text())["folds"]["0"]
     assert "temperature" not in info and "temperature" not in entry
     assert json.loads((tmp_path / "results" / "run.json").read_text())["temperatures"] == {}
@@ -184,7 +185,7 @@ def test_every_epoch_and_every_fold_has_random_numbers_of_its_own(run_train, tmp
         header, *rows = read_rows(tmp_path / "results" / f"history_fold_{fold}.csv")
         losses = [float(row[header.index("train_loss")]) for row in rows]
         assert len({round(loss, 4) for loss in losses}) == len(losses)
-        weights.append(model.load_model(model.model_path(tmp_path / "models", fold))[0].block1[0].weight)
+        weights.append(model_file.load_model(model_file.model_path(tmp_path / "models", fold))[0].block1[0].weight)
     assert (weights[0] - weights[1]).abs().max() > 1e-3
 
 
@@ -232,7 +233,7 @@ def assert_readable(assets):
         if path.suffix == ".pt":
             assert checkpoint.read_pt(path)["epoch"] in range(1, EPOCHS + 1)
         elif path.suffix == ".safetensors":
-            model.load_model(path)
+            model_file.load_model(path)
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".csv":
@@ -326,7 +327,7 @@ def undo_fold(assets, fold, epoch):
     for number in range(epoch + 1, EPOCHS + 1):
         for path in (assets / "checkpoints" / f"fold_{fold}").glob(f"epoch_{number}.*"):
             path.unlink()
-    model.model_path(assets / "models", fold).unlink()
+    model_file.model_path(assets / "models", fold).unlink()
     for name in ("predictions", "history"):
         checkpoint.result_path(assets / "results", name, fold).unlink()
 
@@ -373,7 +374,7 @@ def test_the_checkpoints_decide(harm, reference, assets, run_train):
 
 @pytest.mark.parametrize("evidence", ["checkpoints", "nothing"])
 def test_lost_files_of_a_finished_run_are_made_again(evidence, reference, assets, run_train):
-    path = model.model_path(assets / "models", 0)
+    path = model_file.model_path(assets / "models", 0)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     checkpoint.result_path(assets / "results", "predictions", 1).unlink()
     checkpoint.result_path(assets / "results", "history", 1).write_text("epoch\n")
@@ -513,7 +514,7 @@ def test_fresh_with_other_settings_starts_again(assets, run_train):
     assert done.returncode == 0, done.stderr
     assert epoch_lines(done.stdout) == [(fold, 1) for fold in FOLDS]
     assert not list(assets.rglob("epoch_3.*"))
-    assert model.load_model(model.model_path(assets / "models", 0))[1]["settings"]["epochs"] == 1
+    assert model_file.load_model(model_file.model_path(assets / "models", 0))[1]["settings"]["epochs"] == 1
 
 
 def test_training_on_all_clips_is_a_model_without_a_test_beside_the_folds(assets, reference, run_train, data):
@@ -524,7 +525,7 @@ def test_training_on_all_clips_is_a_model_without_a_test_beside_the_folds(assets
     done = run_train(assets, "--folds", "none")
     assert done.returncode == 0, done.stderr
     assert "no test" in done.stdout and "val_loss" not in done.stdout
-    network, info = model.load_model(model.model_path(assets / "models", "none"))
+    network, info = model_file.load_model(model_file.model_path(assets / "models", "none"))
     mean, _ = data_loader.band_statistics(data_loader.load_processed(data).features, range(24))
     assert info["training_folds"] == [1, 2, 3] and np.allclose(network.band_mean, mean)
     scaled = shares ** (1 / info["temperature"])
@@ -555,7 +556,7 @@ def test_labels_of_test_clips_change_no_weight_and_no_choice(fold, role, referen
     assert done.returncode == 0, done.stderr
     ours, theirs = (
         {
-            "weights": plain(model.load_model(model.model_path(assets / "models", 0))[0].state_dict()),
+            "weights": plain(model_file.load_model(model_file.model_path(assets / "models", 0))[0].state_dict()),
             "history": read_rows(assets / "results" / "history_fold_0.csv"),
             "predictions": [row[2:] for row in read_rows(assets / "results" / "predictions_fold_0.csv")],
             "choice": {
@@ -660,7 +661,7 @@ def test_recipe_by_flags(data, scripts, tmp_path):
     assert run["settings"].items() >= {**recipe, "model": "SharedAudioCNN", "epochs": 2}.items()
     header, *rows = read_rows(tmp_path / "results" / "history_fold_0.csv")
     assert {float(row[header.index("learning_rate")]) for row in rows} == {0.001}
-    network, info = model.load_model(model.model_path(tmp_path / "models", 0))
+    network, info = model_file.load_model(model_file.model_path(tmp_path / "models", 0))
     assert isinstance(network, model.SharedAudioCNN) and info["model"] == "SharedAudioCNN"
     done = scripts.run("train", *flags, "--model", "AudioNet")
     assert done.returncode == 2 and "SharedAudioCNN" in done.stderr

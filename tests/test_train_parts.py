@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import model
+import model_file
 import train
 from audio import AudioSettings
 
@@ -71,7 +72,7 @@ def test_temperature_of_sampled_labels_is_found(temperature):
 
 def test_temperature_has_the_smallest_loss_of_all():
     logits, classes = sampled(1.7, clips=50)
-    low, high = map(math.log, model.TEMPERATURE_RANGE)
+    low, high = map(math.log, model_file.TEMPERATURE_RANGE)
     grid = torch.linspace(low, high, 400).exp().tolist()
     losses = [
         cross_entropy(logits.double() / each, classes).item()
@@ -83,8 +84,8 @@ def test_temperature_has_the_smallest_loss_of_all():
 def test_temperature_stays_in_its_range():
     """Labels that are all right, or all wrong, would have it go to 0 or to infinity."""
     logits, classes = torch.eye(10) / 2, torch.arange(10)
-    for sign, end in zip([1, -1], model.TEMPERATURE_RANGE, strict=True):
+    for sign, end in zip([1, -1], model_file.TEMPERATURE_RANGE, strict=True):
         assert train.fit_temperature(sign * logits, classes) == pytest.approx(end, rel=0.01)
-    low, high = model.TEMPERATURE_RANGE
+    low, high = model_file.TEMPERATURE_RANGE
     huge = 1e4 * torch.randn(100, 10, generator=torch.Generator().manual_seed(0))
     assert all(low <= train.fit_temperature(huge, classes) <= high for classes in (huge.argmax(1), huge.argmin(1)))

@@ -6,6 +6,7 @@ import torch
 
 import demo_data
 import model
+import model_file
 from audio import AudioSettings
 
 SETTINGS = {"model": "AudioCNN", "block_dropout": 0.0, "head_dropout": 0.0, "fast_blocks": False}
@@ -29,6 +30,6 @@ def write_model(model_dir, fold, **info):
         "fold": fold,
         "training_folds": [number + 1 for number in (fold + 1, fold + 2)],
     }
-    path = model.model_path(model_dir, fold)
-    model.save_model(path, network.state_dict(), {**defaults, **info})
+    path = model_file.model_path(model_dir, fold)
+    model_file.save_model(path, network.state_dict(), {**defaults, **info})
     return path
