@@ -255,6 +255,8 @@ def write_features(folder, recordings, audio, workers):
     if is_cut:
         names = clips["recording"] + [f"@{start:.2f}" for start in starts]
         clips = clips.assign(slice_file_name=names, start=np.round(starts, 3), end=np.round(ends, 3))
+        if (twice := names[names.duplicated()]).any():
+            raise UserError(f"{twice.iloc[0]} is in two parts of a recording: correct start and end in metadata.csv")
     return clips, unreadable
 
 

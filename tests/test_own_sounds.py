@@ -120,6 +120,16 @@ def test_table_with_groups_parts_and_folds(folder, run_script, tmp_path):
     assert clips.groupby("group")["fold"].nunique().max() == 1
 
 
+@pytest.mark.parametrize("second", ["beep/x.WAV,beep,1,4,", "beep/x.WAV,beep,1,,"])
+def test_parts_that_give_the_same_clip_are_named_before_anything_is_written(second, folder, run_script, tmp_path):
+    write(folder / "beep" / "x.WAV", "beep", 12)
+    header, hum = "file_name,label,fold,start,end", [f"hum/{name},hum,1,," for name in ("x.WAV", "Küche.wav")]
+    write_table(folder, "beep/x.WAV,beep,1,0,8", second, "beep/Küche.wav,beep,2,,", *hum, header=header)
+    done = run_script("preprocess_data.py", "--data_dir", folder, "--assets_dir", tmp_path, "--workers", 1)
+    assert done.returncode == 2 and not (tmp_path / "data" / "clips.csv").exists()
+    assert "beep/x.WAV@" in done.stderr and "is in two parts of a recording" in done.stderr
+
+
 @pytest.mark.parametrize("seconds", [1, 10])
 def test_clips_of_other_lengths(seconds, tmp_path, monkeypatch, folder):
     import preprocess_data
