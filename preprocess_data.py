@@ -177,7 +177,9 @@ def print_found(data_dir, kind, clips):
         together = groups[groups > 1]
         if len(together):
             example = together.index[0]
-            print(f"{together.sum()} of them are in {len(together)} groups that stay in one fold, such as {example}")
+            print(
+                f"{together.sum()} of them are in {len(together)} groups that stay in one fold, such as {utils.one_line(example)}"
+            )
 
 
 def clips_stored(output_dir, clips, allow_missing):
@@ -255,7 +257,7 @@ def write_features(folder, recordings, audio, workers):
     if is_cut:
         names = clips["recording"] + [f"@{start:.2f}" for start in starts]
         clips = clips.assign(slice_file_name=names, start=np.round(starts, 3), end=np.round(ends, 3))
-        if (twice := names[names.duplicated()]).any():
+        if len(twice := names[names.duplicated()]):
             raise UserError(f"{twice.iloc[0]} is in two parts of a recording: correct start and end in metadata.csv")
     return clips, unreadable
 

@@ -130,6 +130,13 @@ def test_parts_that_give_the_same_clip_are_named_before_anything_is_written(seco
     assert "beep/x.WAV@" in done.stderr and "is in two parts of a recording" in done.stderr
 
 
+def test_name_of_a_group_is_printed_without_its_escapes(folder, run_script, tmp_path):
+    rows = [f"{name}/{file}.wav,{name},1,a\x1b[31mb" for name in ("hum", "beep") for file in ("x", "y")]
+    write_table(folder, *rows, header="file_name,label,fold,group")
+    done = run_script("preprocess_data.py", "--data_dir", folder, "--assets_dir", tmp_path)
+    assert "\x1b" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("seconds", [1, 10])
 def test_clips_of_other_lengths(seconds, tmp_path, monkeypatch, folder):
     import preprocess_data
