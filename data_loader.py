@@ -150,7 +150,8 @@ def check_classes(folder, clips):
         raise UserError(
             f"{folder} has one class, {files.index[0]!r}: a classifier needs two, such as a class background"
         )
-    spellings = pd.Series(files.index, files.index.str.strip().str.lower())
+    # An é is one character, or an e and an accent, as macOS writes it.
+    spellings = pd.Series(files.index, files.index.str.normalize("NFKC").str.strip().str.casefold())
     if (twice := spellings.index.duplicated()).any():
         one, other = spellings[spellings.index[twice][0]].tolist()[:2]
         raise UserError(f"{folder} has the classes {one!r} and {other!r}: is it one class in two spellings? Rename one")

@@ -208,6 +208,7 @@ def write_table(folder, *rows, header="file_name,label"):
         (lambda f: [path.unlink() for path in (f / "hum").rglob("*.*")], "hum holds no recording"),
         (lambda f: write(f / "cat" / "a.wav", "hum"), "the class 'cat' has one file"),
         (lambda f: shutil.copytree(f / "hum", f / "Hum "), "'Hum ' and 'hum': is it one class in two spellings"),
+        (lambda f: [(f / n).rename(f / m) for n, m in (("hum", "\xe9"), ("beep", "e\u0301"))], "one class in two"),
         (lambda f: [shutil.rmtree(f / name) for name in ("beep", "hum")], "is no data set: it needs metadata"),
         (
             lambda f: write_table(f, "beep/x.WAV,beep", "../x.wav,hum"),
