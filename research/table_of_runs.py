@@ -28,6 +28,8 @@ def read_run(folder):
     try:
         settings = {**results["run"]["settings"]}
         accuracies = {int(row["fold"]): float(row["accuracy"]) for row in results["per_fold"]}
+        if not accuracies or not all(0 <= accuracy <= 1 for accuracy in accuracies.values()):
+            raise ValueError("accuracies that are no shares")
         return settings, int(settings.pop("seed")), accuracies
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} lacks settings or accuracies: run python train.py again") from error

@@ -56,5 +56,8 @@ def test_runs_that_can_not_be_compared_are_named(made, tmp_path):
     ):
         with pytest.raises(UserError, match=named):
             table_of_runs.group_runs(folders)
+    for name, accuracies in {"none": [], "nan": [float("nan")], "infinite": [float("inf")]}.items():
+        with pytest.raises(UserError, match="lacks settings or accuracies"):
+            table_of_runs.make_table(table_of_runs.group_runs([made(name, accuracies)]))
     with pytest.raises(UserError, match="is none of the runs"):
         table_of_runs.make_table(table_of_runs.group_runs([one]), reference=two)
