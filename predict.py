@@ -72,6 +72,10 @@ def parse_args():
     args = parser.parse_args()
     if args.mic == bool(args.recordings):
         parser.error("name either recordings or --mic")
+    for flag in ("csv", *OUTPUTS):
+        path = getattr(args, flag) or ""
+        if Path(path).suffix.lower() in AUDIO_SUFFIXES:
+            raise UserError(f"--{flag} {path} is the name of a recording, which would be overwritten: name another")
     return args
 
 

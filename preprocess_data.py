@@ -176,10 +176,8 @@ def print_found(data_dir, kind, clips):
         groups = clips.groupby("group").size()
         together = groups[groups > 1]
         if len(together):
-            example = together.index[0]
-            print(
-                f"{together.sum()} of them are in {len(together)} groups that stay in one fold, such as {utils.one_line(example)}"
-            )
+            example = utils.one_line(together.index[0])
+            print(f"{together.sum()} of them are in {len(together)} groups that stay in one fold, such as {example}")
 
 
 def clips_stored(output_dir, clips, allow_missing):

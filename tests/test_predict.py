@@ -378,6 +378,14 @@ def test_folder_of_files_for_one_recording(recording, run, tmp_path):
         assert image.shape[0] > 900 and image.shape[1] > 1500 and len(np.unique(image[..., :3])) > 100
 
 
+@pytest.mark.parametrize("flag", ["--csv", "--labels", "--plot", "--explain"])
+def test_recording_that_a_shell_puts_behind_a_flag_is_not_overwritten(flag, recording, run, tmp_path):
+    first = shutil.copyfile(recording, tmp_path / "a.WAV")
+    done = run(flag, first, recording)  # --csv *.wav
+    assert done.returncode == 2 and f"{flag} {first} is the name of a recording" in done.stderr
+    assert first.read_bytes() == recording.read_bytes()
+
+
 def test_output_in_the_home_folder_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert predict.output_path("~/t.csv", "a.csv", False) == tmp_path / "t.csv"
