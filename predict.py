@@ -87,11 +87,14 @@ def fold_or_all(text):
 def find_recordings(names):
     """Return the files that names, folders and patterns stand for, in order, each once; - stays as it is.
 
-    UserError for a folder without recordings and a pattern without files. Any other name is checked when it is opened.
+    UserError for no name, a folder without recordings and a pattern without files. Any other name is checked when it
+    is opened.
     """
     found = []
     for name in names:
         path = Path(name)
+        if not name:
+            raise UserError("a recording's name is empty: name a file or a folder (. is the current one)")
         if os.path.isdir(path):  # False, without an error, where the path can't be looked at
             files = find_audio_files(path)
             if not files:

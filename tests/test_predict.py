@@ -386,6 +386,10 @@ def test_recording_that_a_shell_puts_behind_a_flag_is_not_overwritten(flag, reco
     assert first.read_bytes() == recording.read_bytes()
 
 
+def test_empty_name_is_not_the_current_folder(run):
+    assert "a recording's name is empty" in refusal(run(""))
+
+
 def test_output_in_the_home_folder_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert predict.output_path("~/t.csv", "a.csv", False) == tmp_path / "t.csv"
