@@ -235,7 +235,7 @@ def answer_to(recording, models, args, sketch):
     audio = AudioSettings(**models[0][1]["audio"])
     with opened(recording) as path:
         total = round(duration(path) or 0)
-        with tqdm(total=total, desc=path.name, unit="s", leave=False, disable=None, delay=1) as bar:
+        with tqdm(total=total, desc=utils.one_line(path.name), unit="s", leave=False, disable=None, delay=1) as bar:
 
             def watch(start, *window):
                 bar.update(round(start / audio.sample_rate) - bar.n)

@@ -97,7 +97,7 @@ def print_distribution(class_names, probabilities, top_k=None):
 
 def print_answer(name, answer, model_names, top_k=None):
     """Print an answer: class, confidence, notes, bars, and of several windows the timeline."""
-    model = model_names[0] if len(model_names) == 1 else f"mean of {len(model_names)} models"
+    model = utils.one_line(model_names[0]) if len(model_names) == 1 else f"mean of {len(model_names)} models"
     many = len(answer.starts) > 1
     print(f"{utils.one_line(name)} ({answer.seconds:.2f} s), {model}")
     of_windows = f" (mean of {len(answer.starts)} windows)" if many else ""

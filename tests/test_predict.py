@@ -390,6 +390,12 @@ def test_empty_name_is_not_the_current_folder(run):
     assert "a recording's name is empty" in refusal(run(""))
 
 
+def test_name_of_a_model_is_printed_without_its_escapes(assets, recording, run, tmp_path):
+    path = shutil.copyfile(model.model_path(assets / "models", 0), tmp_path / "a\x1b[31m.safetensors")
+    done = run(recording, "--model_dir", path)
+    assert done.returncode == 0 and "a?[31m.safetensors" in done.stdout and "\x1b" not in done.stdout
+
+
 def test_output_in_the_home_folder_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert predict.output_path("~/t.csv", "a.csv", False) == tmp_path / "t.csv"
