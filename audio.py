@@ -198,11 +198,7 @@ def open_audio(path, max_hours=None):
             rate, channels, blocks = file.samplerate, file.channels, soundfile_blocks(path, file, descriptor)
             if max_hours and max_hours * 3600 * rate < file.frames < UNKNOWN_LENGTH:
                 raise UserError(f"{path} has {file.frames} samples at {rate} Hz, over {max_hours} h: cut it")
-        if not MIN_RATE <= rate <= MAX_RATE or not 1 <= channels <= MAX_CHANNELS:
-            raise UserError(
-                f"{path} says {rate} Hz and {channels} channels: {MIN_RATE} to {MAX_RATE} Hz and up to {MAX_CHANNELS} "
-                "channels are read. Convert it to WAV"
-            )
+        check_rate(path, rate, channels)
         yield rate, checked(blocks, path, max_hours and max_hours * 3600 * rate)  # a header may lie
 
 
@@ -240,6 +236,15 @@ def soundfile_blocks(path, file, descriptor):
                 if len(block) > n_read:
                     yield block[n_read:]
                 n_read = max(n_read - len(block), 0)
+
+
+def check_rate(name, rate, channels):
+    """Raise a UserError if a recording's rate in Hz or number of channels is none that is read."""
+    if not MIN_RATE <= rate <= MAX_RATE or not 1 <= channels <= MAX_CHANNELS:
+        raise UserError(
+            f"{name} says {rate} Hz and {channels} channels: {MIN_RATE} to {MAX_RATE} Hz and up to {MAX_CHANNELS} "
+            "channels are read. Convert it to WAV"
+        )
 
 
 def check_length(path, descriptor):

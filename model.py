@@ -60,6 +60,10 @@ class Network(nn.Module):
         """Features (B, n_mels, frames) in dB -> the logits of each view, (B, views, n_classes), for the loss."""
         return self(features).unsqueeze(1)
 
+    def embed(self, features):
+        """Features (B, n_mels, frames) in dB -> what they are like, (B, size): here the logits."""
+        return self(features)
+
 
 class AudioCNN(Network):
     """Three convolution blocks, a mean over time, one convolution over mel bands, two linear layers.
@@ -84,15 +88,22 @@ class AudioCNN(Network):
         """Features (B, n_mels, frames) in dB -> logits (B, n_classes)."""
         return self.layers(self.normalise(features))
 
+    def embed(self, features):
+        """Features (B, n_mels, frames) in dB -> what the last hidden layer says, (B, 128)."""
+        return self.hidden_values(self.normalise(features))
+
     def layers(self, x):
         """(B, 1, n_mels, frames), normalised -> logits (B, n_classes)."""
+        return self.logits(self.dropout(self.hidden_values(x)))
+
+    def hidden_values(self, x):
+        """(B, 1, n_mels, frames), normalised -> (B, 128)."""
         x = self.block1(x)  # (B, 32, n_mels / 2, frames / 2)
         x = self.block2(x)  # (B, 64, n_mels / 4, frames / 4)
         x = self.block3(x)  # (B, 128, n_mels / 8, frames / 16)
         x = x.mean(dim=3)  # (B, 128, n_mels / 8)
         x = torch.relu(self.over_bands(x))  # (B, 64, n_mels / 8)
-        x = torch.relu(self.hidden(x.flatten(1)))  # (B, 128)
-        return self.logits(self.dropout(x))  # (B, n_classes)
+        return torch.relu(self.hidden(x.flatten(1)))  # (B, 128)
 
 
 class SharedAudioCNN(AudioCNN):
@@ -111,10 +122,18 @@ class SharedAudioCNN(AudioCNN):
 
     def view_logits(self, features):
         """Features (B, n_mels, frames) in dB -> the logits of each view, (B, 4, n_classes)."""
+        logits = self.layers(self.views(features))  # (4 B, n_classes)
+        return logits.unflatten(0, (4, -1)).transpose(0, 1)  # (B, 4, n_classes)
+
+    def embed(self, features):
+        """Features (B, n_mels, frames) in dB -> what the last hidden layer says, the mean over views, (B, 128)."""
+        return self.hidden_values(self.views(features)).unflatten(0, (4, -1)).mean(dim=0)
+
+    def views(self, features):
+        """Features (B, n_mels, frames) in dB -> their views, one after the other, (4 B, 1, n_mels, frames / 4)."""
         x = avg_pool2d(self.normalise(features), (1, VIEW_FRAMES))  # (B, 1, n_mels, frames / 4)
         change = x - x.mean(dim=3, keepdim=True)
-        views = torch.cat([x, change, x - x.mean(dim=2, keepdim=True), change - change.mean(dim=2, keepdim=True)])
-        return self.layers(views).unflatten(0, (4, -1)).transpose(0, 1)  # (4 B, n_classes) -> (B, 4, n_classes)
+        return torch.cat([x, change, x - x.mean(dim=2, keepdim=True), change - change.mean(dim=2, keepdim=True)])
 
 
 MODELS = {"SharedAudioCNN": SharedAudioCNN, "AudioCNN": AudioCNN}

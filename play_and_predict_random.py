@@ -16,10 +16,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must no
 
 import config
 import data_loader
-import predict
 import utils
 from audio import read_audio
-from model_file import find_model, folds_in, load_model
+from classifier import load
+from model_file import find_model, folds_in
 from reports import answers
 from services import sound
 from utils import UserError
@@ -88,7 +88,8 @@ def present(clip, model_dir, is_silent):
     """Play one clip, print bars and truth, and return whether the answer is right."""
     fold = int(clip["fold"]) - 1
     path = find_model(model_dir, fold)
-    network, info = load_model(path)
+    model = load(path)
+    info = model.info
     trained_on = info.get("training_folds")
     if not isinstance(trained_on, list):
         raise UserError(f"{path} does not say which folds it was trained on: python train.py makes one that does")
@@ -102,11 +103,11 @@ def present(clip, model_dir, is_silent):
     print(f"{clip['path'].name} ({len(samples) / rate:.2f} s) of fold {fold}, {path.name}{note}")
     if not is_silent:
         play(samples, rate)
-    probabilities = predict.predict(network, info, samples)  # (classes,)
-    answers.print_distribution(info["class_names"], probabilities)
-    answer = info["class_names"][int(probabilities.argmax())]
-    print(f"truth: {clip['class']}, {'right' if answer == clip['class'] else f'not {answer}'}")
-    return answer == clip["class"]
+    answer = model(samples, rate)
+    answers.print_distribution(answer.class_names, answer.overall)
+    is_right = answer.label == clip["class"]
+    print(f"truth: {clip['class']}, {'right' if is_right else f'not {answer.label}'}")
+    return is_right
 
 
 def main():

@@ -32,18 +32,34 @@ class Answer:
     seconds: float
     starts: np.ndarray  # (windows,) s, rising
     ends: np.ndarray  # (windows,) s, rising
-    probabilities: np.ndarray  # (windows, classes); NaN where every sample is zero
+    windows: np.ndarray  # probabilities, (windows, classes); NaN where every sample is zero
     notes: list  # lines
 
     @functools.cached_property
-    def mean(self):
+    def overall(self):
         """The distribution of the whole recording, (classes,)."""
-        return np.nanmean(self.probabilities, axis=0)
+        return np.nanmean(self.windows, axis=0)
 
     @functools.cached_property
     def best(self):
         """The index of the likeliest class."""
-        return int(self.mean.argmax())
+        return int(self.overall.argmax())
+
+    @property
+    def label(self):
+        """The name of the likeliest class."""
+        return self.class_names[self.best]
+
+    @property
+    def confidence(self):
+        """The probability of the likeliest class."""
+        return float(self.overall[self.best])
+
+    @property
+    def probabilities(self):
+        """{class name: probability} of the whole recording, the likeliest first."""
+        order = np.argsort(-self.overall, kind="stable")
+        return {self.class_names[index]: float(self.overall[index]) for index in order}
 
     @functools.cached_property
     def parts(self):
@@ -55,7 +71,7 @@ class Answer:
         rows = []
         for start, end in itertools.pairwise(edges):
             covering = slice(np.searchsorted(self.ends, end), np.searchsorted(self.starts, start, side="right"))
-            heard = self.probabilities[covering]
+            heard = self.windows[covering]
             heard = heard[~np.isnan(heard[:, 0])]
             rows.append(heard.mean(axis=0) if len(heard) else np.full(len(self.class_names), np.nan))
         return edges, np.array(rows)
@@ -101,10 +117,10 @@ def print_answer(name, answer, model_names, top_k=None):
     many = len(answer.starts) > 1
     print(f"{utils.one_line(name)} ({answer.seconds:.2f} s), {model}")
     of_windows = f" (mean of {len(answer.starts)} windows)" if many else ""
-    print(f"{answer.class_names[answer.best]}, confidence {answer.mean[answer.best]:.1%}{of_windows}")
+    print(f"{answer.label}, confidence {answer.confidence:.1%}{of_windows}")
     for note in answer.notes:
         print(f"note: {note}")
-    print_distribution(answer.class_names, answer.mean, top_k)
+    print_distribution(answer.class_names, answer.overall, top_k)
     if many:
         width = max(len(class_name) for class_name in [*answer.class_names, SILENCE])
         print("timeline:")
@@ -126,15 +142,15 @@ def as_json(name, answer, model_names, top_k=None):
 
     In ASCII, with other characters escaped, so that it is valid UTF-8 whatever the terminal's code page.
     """
-    order = np.argsort(-answer.mean, kind="stable")
+    shares = list(answer.probabilities.items())[:top_k]
     value = {
         "file": name,
         "seconds": round(answer.seconds, 3),
         "models": model_names,
         "windows": len(answer.starts),
-        "class": answer.class_names[order[0]],
-        "confidence": round(float(answer.mean[order[0]]), 4),
-        "probabilities": {answer.class_names[n]: round(float(answer.mean[n]), 4) for n in order[:top_k]},
+        "class": answer.label,
+        "confidence": round(answer.confidence, 4),
+        "probabilities": {class_name: round(share, 4) for class_name, share in shares},
         "timeline": [dict(zip(COLUMNS, rounded(part), strict=True)) for part in answer.timeline],
         "notes": answer.notes,
     }
@@ -183,10 +199,10 @@ def known_clip_note(path, infos, assets_dir, processed_dir=None):
     if fold is None:
         return None
     what = f"a clip of the data set's fold {fold}"
-    if not all(isinstance(info.get("fold"), int) and isinstance(info.get("training_folds"), list) for info in infos):
+    if not all(isinstance(info.get("training_folds"), list) and "fold" in info for info in infos):
         return f"{what}; the model does not say on which folds it was trained"
     trained = [fold in info["training_folds"] for info in infos]
-    if not any(trained) and all(fold == info["fold"] + 1 for info in infos):
+    if not any(trained) and all(info["fold"] == fold - 1 for info in infos):
         return f"{what}, which this model has not trained on"
     how = "this model trained on it" if any(trained) else "this model has chosen its epoch with it"
     if len(infos) > 1:

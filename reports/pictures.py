@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 import utils
-from audio import hz_to_mel
+from audio import clip_features, hz_to_mel
 from utils import UserError
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#666666"
@@ -165,9 +165,9 @@ class Sketch:
         self.frames = 0
         self.strongest = {}  # {class index: (probability, first sample, features) of the surest window}
 
-    def add(self, start, samples, features, distribution):
-        """Add a window: its first sample, samples (n,), features (n_mels, n_frames) in dB, distribution (classes,)."""
-        hop = self.audio.hop_length
+    def add(self, start, samples, distribution):
+        """Add a window: its first sample, samples (n,), distribution (classes,)."""
+        hop, features = self.audio.hop_length, clip_features(samples, self.audio)  # (n_mels, n_frames) dB
         known = self.frames - round(start / hop)  # frames that the window before had, too
         new = slice(known, -(-len(samples) // hop))
         padded = np.pad(samples, (0, -len(samples) % hop), mode="edge").reshape(-1, hop)[new]  # (frames, hop)
@@ -184,7 +184,7 @@ def draw_recording(path, name, answer, sketch):
 
     name: of the recording; answer: its Answer; sketch: a Sketch that has seen all its windows.
     """
-    title = f"{label(Path(name).name)}: {label(answer.class_names[answer.best])}, {answer.mean[answer.best]:.0%}"
+    title = f"{label(Path(name).name)}: {label(answer.label)}, {answer.confidence:.0%}"
     extremes = grouped(np.concatenate(sketch.extremes))  # (columns, frames in a column, 2)
     times = np.arange(len(extremes)) * extremes.shape[1] * sketch.audio.hop_length / sketch.audio.sample_rate
     low, high = extremes[..., 0].min(axis=1), extremes[..., 1].max(axis=1)
@@ -227,17 +227,17 @@ def draw_log_mel(figure, axes, log_mel, audio, times):
 # --- What a decision depends on ------------------------------------------------------------------------------------
 
 
-def draw_explanation(path, name, answer, models, sketch):
+def draw_explanation(path, name, answer, networks, sketch):
     """Draw which part of the spectrogram the likeliest class depends on, in the window that is surest of it.
 
-    The map is the mean of `grad_cam` over models, [(network, info)]; name, answer, sketch: see `draw_recording`.
+    The map is the mean of `grad_cam` over networks; name, answer, sketch: see `draw_recording`.
     """
     import torch
 
     probability, start, features = sketch.strongest[answer.best]
     inputs, target = torch.from_numpy(features[None]).float(), torch.tensor([answer.best])  # (1, n_mels, n_frames)
-    maps = torch.cat([grad_cam(network, inputs, target) for network, _ in models])  # (models, n_mels, n_frames)
-    audio, class_name = sketch.audio, label(answer.class_names[answer.best])
+    maps = torch.cat([grad_cam(network, inputs, target) for network in networks])  # (networks, n_mels, n_frames)
+    audio, class_name = sketch.audio, label(answer.label)
     times = start / audio.sample_rate, start / audio.sample_rate + audio.clip_seconds
     title = f"{label(Path(name).name)}: what '{class_name}' ({probability:.0%}) depends on"
     with picture(path, title, 13, 9) as figure:

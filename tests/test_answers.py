@@ -47,7 +47,7 @@ def test_overlapping_windows_are_averaged_and_parts_of_one_class_merged(starts, 
 
 
 def test_silence_counts_in_no_mean():
-    assert answer([0, 2, 4], [4, 6, 8], [0.8, None, 0.6]).mean.tolist() == pytest.approx([0.3, 0.7])
+    assert answer([0, 2, 4], [4, 6, 8], [0.8, None, 0.6]).overall.tolist() == pytest.approx([0.3, 0.7])
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=1, max_size=12), st.integers(1, 4))

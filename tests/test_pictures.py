@@ -108,12 +108,12 @@ def test_recording_and_explanation_can_be_drawn(tmp_path, n_windows):
     probabilities[1::7] = np.nan  # silence
     for index, row in enumerate(probabilities):
         window = rng.uniform(-1, 1, SMALL.clip_samples).astype(np.float32)
-        sketch.add(index * hop, window, rng.normal(-40, 10, SMALL.shape).astype(np.float32), row)
+        sketch.add(index * hop, window, row)
     starts = np.arange(n_windows) * hop / SMALL.sample_rate
     answer = Answer(["a_b", "$x$"], float(starts[-1] + 4), starts, starts + 4, probabilities, [])
     name = "folder/dro$le\udcff\n.wav"
     pictures.draw_recording(tmp_path / "plot.png", name, answer, sketch)
-    pictures.draw_explanation(tmp_path / "why.png", name, answer, [(build("SharedAudioCNN"), {})] * 2, sketch)
+    pictures.draw_explanation(tmp_path / "why.png", name, answer, [build("SharedAudioCNN")] * 2, sketch)
     for picture in ("plot.png", "why.png"):
         with Image.open(tmp_path / picture) as image:
             assert image.width >= 1500 and image.text["Title"].startswith(r"dro\$le? .wav: ")

@@ -9,9 +9,9 @@ import pytest
 from test_sound import CARD_RATE, NO_PORTAUDIO, ON_LINUX, played, refusal, run_python, sound_card
 from untrained import write_model
 
-import predict
 from audio import read_audio
-from model_file import load_model, model_path
+from classifier import load
+from model_file import model_path
 
 Shown = collections.namedtuple("Shown", "name fold model shares truth")
 
@@ -57,9 +57,10 @@ def test_each_clip_goes_to_the_model_of_its_fold(show, miniature, models):
     for clip in shown:
         assert (clip.truth, clip.fold + 1) == (table.loc[clip.name, "class"], table.loc[clip.name, "fold"])
         assert clip.model == f"model_fold_{clip.fold}_best.safetensors"
-        network, info = load_model(model_path(models, clip.fold))
+        classifier = load(model_path(models, clip.fold))
         samples = read_audio(miniature / "audio" / f"fold{clip.fold + 1}" / clip.name, 22_050)
-        expected = dict(zip(info["class_names"], 100 * predict.predict(network, info, samples), strict=True))
+        answer = classifier(samples, 22_050)
+        expected = {name: 100 * share for name, share in answer.probabilities.items()}
         assert clip.shares == pytest.approx(expected, abs=0.06)
     first, second = done.stdout.splitlines()[:2]
     assert first == "without clips of fold 1, whose model is missing (python train.py --folds 1)"

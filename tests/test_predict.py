@@ -15,12 +15,12 @@ import torch
 from conftest import REPOSITORY
 from untrained import write_model
 
+import classifier
 import data_loader
 import model
 import model_file
 import predict
 import utils
-from audio import read_audio
 from reports import answers
 
 RATE = 22_050  # Hz; the models' own
@@ -40,8 +40,8 @@ def assets(tmp_path_factory, miniature, run_script):
 
 @pytest.fixture(scope="module")
 def loaded(assets):
-    """(network, info) of the model."""
-    return model_file.load_model(model_file.model_path(assets / "models", 0))
+    """The model's Classifier."""
+    return classifier.load(model_file.model_path(assets / "models", 0))
 
 
 @pytest.fixture
@@ -116,19 +116,20 @@ class Recorder(torch.nn.Module):
         return torch.zeros(len(features), 10)
 
 
-def test_features_are_those_of_training_bit_for_bit(assets, miniature, loaded):
+def test_features_are_those_of_training_bit_for_bit(assets, miniature, loaded, monkeypatch):
     data, recorder, rates = data_loader.load_processed(assets / "data"), Recorder(), set()
+    monkeypatch.setattr(loaded, "networks", [recorder])
     for name, fold, stored in zip(data.clips["slice_file_name"], data.folds, data.features, strict=True):
         path = miniature / "audio" / f"fold{fold}" / name
         rates.add(soundfile.info(path).samplerate)
-        predict.predict(recorder, loaded[1], read_audio(path, RATE))
+        loaded(path)
         assert np.array_equal(recorder.features, stored[None].astype(np.float32)), name
     assert len(rates) > 3
 
 
 @pytest.mark.parametrize("temperature", [None, 3.0])
 def test_output_is_the_softmax_of_what_testing_computes(temperature, assets, miniature, loaded, scripts, tmp_path):
-    network, info = loaded
+    network, info = loaded.networks[0], loaded.info
     data = data_loader.load_processed(assets / "data")
     expected = (model.logits_of(network, data.features[:1]) / (temperature or 1)).softmax(dim=1)[0]
     clip = miniature / "audio" / f"fold{data.folds[0]}" / data.clips["slice_file_name"][0]
@@ -142,14 +143,14 @@ def test_output_is_the_softmax_of_what_testing_computes(temperature, assets, min
 
 @pytest.mark.parametrize(("seconds", "n_windows"), [(0.001, 1), (1, 1), (4, 1), (4.1, 1), (4.3, 2), (6, 2), (9.9, 4)])
 def test_long_recordings_are_the_mean_of_their_windows(seconds, n_windows, loaded, monkeypatch):
-    monkeypatch.setattr(predict, "VALUES_AT_ONCE", 3 * 128 * 173)
+    monkeypatch.setattr(classifier, "VALUES_AT_ONCE", 3 * 128 * 173)
     samples = sound(seconds).astype(np.float32)
     starts = [min(2 * RATE * n, max(len(samples) - 4 * RATE, 0)) for n in range(n_windows)]
-    expected = [predict.predict(*loaded, samples[start : start + 4 * RATE]) for start in starts]
-    answer = predict.classify([samples], [loaded])
-    np.testing.assert_allclose(answer.probabilities, expected, atol=1e-5)
+    expected = [loaded(samples[start : start + 4 * RATE], RATE).overall for start in starts]
+    answer = loaded.classify([samples])
+    np.testing.assert_allclose(answer.windows, expected, atol=1e-5)
     np.testing.assert_allclose(answer.starts, np.array(starts) / RATE)
-    assert answer.mean.sum() == pytest.approx(1, abs=1e-5)
+    assert answer.overall.sum() == pytest.approx(1, abs=1e-5)
     assert answer.seconds == pytest.approx(seconds if n_windows > 1 or seconds <= 4 else 4, abs=1 / RATE)
 
 
@@ -265,7 +266,7 @@ def test_windows_by_flags(folder, run):
     (value,) = as_json(run(*flags, "--window_seconds", 1, "--hop_seconds", 0.25))
     assert value["windows"] == 35
     line = refusal(run(*flags, "--window_seconds", 5))
-    assert "--window_seconds 5 is longer than the model's clips of 4.0 s" in line
+    assert "--window_seconds 5 is over the model's clips of 4.0 s" in line
     assert "leaves gaps" in refusal(run(*flags, "--window_seconds", 1, "--hop_seconds", 2))
 
 
@@ -303,7 +304,7 @@ def test_model_that_is_missing_or_damaged_is_named(assets, recording, run, tmp_p
 
 
 def test_model_whose_numbers_overflow_is_named(recording, loaded, run, tmp_path):
-    network, info = loaded
+    network, info = loaded.networks[0], loaded.info
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     state["logits.weight"].fill_(3e38)
     model_file.save_model(tmp_path / "wild.safetensors", state, info)
@@ -332,7 +333,7 @@ def test_all_folds_answer_with_their_mean(loaded, recording, run, tmp_path):
         assert share == pytest.approx(expected, abs=1e-4)
     text = run(recording, "--model_dir", tmp_path, "--fold_num", "all").stdout
     assert text.splitlines()[0].endswith(", mean of 2 models")
-    names = loaded[1]["class_names"]
+    names = loaded.info["class_names"]
     write_model(tmp_path, 5, class_names=[*names[1:], names[0]])
     line = refusal(run(recording, "--model_dir", tmp_path, "--fold_num", "all"))
     assert "differ in class_names" in line and "model_fold_5_best.safetensors" in line
@@ -391,7 +392,7 @@ def test_empty_name_is_not_the_current_folder(run):
 
 
 def test_name_of_a_model_is_printed_without_its_escapes(assets, recording, run, tmp_path):
-    path = shutil.copyfile(model.model_path(assets / "models", 0), tmp_path / "a\x1b[31m.safetensors")
+    path = shutil.copyfile(model_file.model_path(assets / "models", 0), tmp_path / "a\x1b[31m.safetensors")
     done = run(recording, "--model_dir", path)
     assert done.returncode == 0 and "a?[31m.safetensors" in done.stdout and "\x1b" not in done.stdout
 
