@@ -118,7 +118,7 @@ class Classifier:
         blocks: iterable of mono samples at the models' rate; watch: called with (first sample, samples, distribution)
         of each window. UserError for a recording without sound, and for models that give no probabilities.
         """
-        edges, rows = [], []
+        edges, rows, levels = [], [], []
         for group in self.groups(windows(blocks, *self.window_samples(window_seconds, hop_seconds))):
             distributions = self.probabilities([samples for _, samples in group])  # (B, classes)
             if not np.isfinite(distributions).all():
@@ -127,13 +127,16 @@ class Classifier:
             rows.append(distributions)
             for (start, samples), distribution in zip(group, distributions, strict=True):
                 edges.append((start, start + len(samples)))
+                levels.append(float(np.sqrt(np.mean(samples**2, dtype=np.float64))))
                 if watch:
                     watch(start, samples, distribution)
         distributions = np.concatenate(rows)  # (windows, classes)
         if np.isnan(distributions).all():
             raise UserError("it is silent: every sample is zero. Check the recording")
         starts, ends = np.array(edges).T / self.audio.sample_rate  # (windows,) s each
-        return Answer(self.info["class_names"], float(ends[-1]), starts, ends, distributions, notes=[])
+        return Answer(
+            self.info["class_names"], float(ends[-1]), starts, ends, distributions, np.array(levels), notes=[]
+        )
 
     def groups(self, found):
         """Yield lists of windows, as many as one pass of the network takes."""

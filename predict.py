@@ -10,9 +10,9 @@
 
 Prints the class, its confidence and the whole distribution as bars, the most likely class first. Any format, rate and
 channel count that soundfile can decode, or ffmpeg where it is installed. A recording longer than a clip (4 s) is
-streamed through windows of 4 s that overlap by half: the mean of their distributions is the recording's, and a timeline
-says what sounds when. The model file is all that it needs. A recording that can't be predicted is named at the end,
-after the others are done, and makes the exit status 2.
+streamed through windows of 4 s that overlap by half: the surest and loudest of them say what the recording is, and a
+timeline says what sounds when. The model file is all that it needs. A recording that can't be predicted is named at
+the end, after the others are done, and makes the exit status 2.
 """
 
 import contextlib

@@ -18,6 +18,7 @@ import utils
 from utils import UserError
 
 BAR_WIDTH = 40  # characters of a probability of 1
+POOLED_SHARE = 0.1  # of the windows, whose mean is the answer to a recording
 COLUMNS = ["start", "end", "class", "confidence"]  # of a timeline; times in s
 FORMULA = ("=", "+", "-", "@")  # text that begins so is a formula to a spreadsheet
 SILENCE = "silence"  # in a timeline, where every sample is zero
@@ -33,12 +34,19 @@ class Answer:
     starts: np.ndarray  # (windows,) s, rising
     ends: np.ndarray  # (windows,) s, rising
     windows: np.ndarray  # probabilities, (windows, classes); NaN where every sample is zero
+    levels: np.ndarray  # RMS of each window's samples, (windows,)
     notes: list  # lines
 
     @functools.cached_property
     def overall(self):
-        """The distribution of the whole recording, (classes,)."""
-        return np.nanmean(self.windows, axis=0)
+        """The distribution of the whole recording, (classes,): the mean over the windows that say most.
+
+        That is a tenth of them, those with the largest product of level and of confidence in one class. A mean over all
+        drowns what is short, such as a car horn in a minute of street; research/RESULTS.md has both.
+        """
+        says = np.nan_to_num(self.windows.max(axis=1)) * self.levels  # (windows,)
+        n = max(round(POOLED_SHARE * len(says)), 1)
+        return np.nanmean(self.windows[np.argsort(-says, kind="stable")[:n]], axis=0)
 
     @functools.cached_property
     def best(self):
@@ -116,7 +124,7 @@ def print_answer(name, answer, model_names, top_k=None):
     model = utils.one_line(model_names[0]) if len(model_names) == 1 else f"mean of {len(model_names)} models"
     many = len(answer.starts) > 1
     print(f"{utils.one_line(name)} ({answer.seconds:.2f} s), {model}")
-    of_windows = f" (mean of {len(answer.starts)} windows)" if many else ""
+    of_windows = f" (of {len(answer.starts)} windows)" if many else ""
     print(f"{answer.label}, confidence {answer.confidence:.1%}{of_windows}")
     for note in answer.notes:
         print(f"note: {note}")
@@ -213,6 +221,8 @@ def known_clip_note(path, infos, assets_dir, processed_dir=None):
 @functools.cache  # one reading for a whole folder of clips
 def read_folds(table):
     """Return {clip's file name: fold} of a clips.csv; nothing of one that is missing or damaged."""
+    if not table.is_file():
+        return {}
     import data_loader  # and with it pandas, which takes half a second
 
     with contextlib.suppress(UserError, OSError):

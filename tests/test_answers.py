@@ -18,10 +18,13 @@ from reports.answers import Answer
 NAMES = ["dog_bark", "siren"]
 
 
-def answer(starts, ends, sirens, notes=()):
+def answer(starts, ends, sirens, notes=(), levels=None):
     """An Answer whose windows give the siren these probabilities; None is silence."""
+    levels = np.ones(len(sirens)) if levels is None else np.array(levels)
     rows = [[np.nan, np.nan] if siren is None else [1 - siren, siren] for siren in sirens]
-    return Answer(NAMES, float(max(ends)), np.array(starts, float), np.array(ends, float), np.array(rows), list(notes))
+    return Answer(
+        NAMES, float(max(ends)), np.array(starts, float), np.array(ends, float), np.array(rows), levels, list(notes)
+    )
 
 
 @pytest.mark.parametrize(
@@ -46,8 +49,20 @@ def test_overlapping_windows_are_averaged_and_parts_of_one_class_merged(starts, 
     assert [row[3] for row in found] == pytest.approx([row[3] for row in timeline])
 
 
-def test_silence_counts_in_no_mean():
-    assert answer([0, 2, 4], [4, 6, 8], [0.8, None, 0.6]).overall.tolist() == pytest.approx([0.3, 0.7])
+def test_answer_is_of_the_windows_that_are_sure_and_loud():
+    starts = np.arange(20.0)
+    shares, levels = np.full(20, 0.3), np.full(20, 0.1)
+    levels[[3, 4, 5]], shares[[3, 4, 5]] = 1, (0.9, 0.8, 0.5)
+    shares[8] = np.nan  # silence
+    levels[8] = 0
+    found = answer(starts, starts + 4, [None if np.isnan(share) else share for share in shares], levels=levels)
+    assert found.overall.tolist() == pytest.approx([0.15, 0.85])  # of a tenth, two windows
+    assert (found.label, found.confidence) == ("siren", pytest.approx(0.85))
+    assert found.probabilities == pytest.approx({"siren": 0.85, "dog_bark": 0.15})
+
+
+def test_silence_is_in_no_answer():
+    assert answer([0, 2, 4], [4, 6, 8], [0.8, None, 0.6], levels=[0.1, 0, 0.1]).confidence == pytest.approx(0.8)
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=1, max_size=12), st.integers(1, 4))
@@ -65,10 +80,10 @@ def test_text_of_a_long_recording(capsys):
     answers.print_answer("a.wav", answer([0, 3598], [4, 3602], [0.9, 0.2], ["think twice"]), ["m.safetensors"])
     assert capsys.readouterr().out.splitlines() == [
         "a.wav (3602.00 s), m.safetensors",
-        "siren, confidence 55.0% (mean of 2 windows)",
+        "siren, confidence 90.0% (of 2 windows)",
         "note: think twice",
-        f"  siren      55.0%  {22 * '█'}",
-        f"  dog_bark   45.0%  {18 * '█'}",
+        f"  siren      90.0%  {36 * '█'}",
+        f"  dog_bark   10.0%  {4 * '█'}",
         "timeline:",
         "  0:00:00.0 - 0:00:04.0  siren      90.0%",
         "  0:00:04.0 - 0:59:58.0  silence   100.0%",
@@ -80,7 +95,7 @@ def test_json_csv_and_labels_say_the_same(tmp_path):
     long = answer([0, 2], [4, 6], [0.9, 0.05])
     value = json.loads(answers.as_json("a,b.wav", long, ["x", "y"], top_k=1))
     assert value["file"] == "a,b.wav" and value["models"] == ["x", "y"] and value["windows"] == 2
-    assert (value["class"], value["confidence"]) == ("dog_bark", 0.525)
+    assert (value["class"], value["confidence"]) == ("dog_bark", 0.95)
     assert value["probabilities"] == {"dog_bark": 0.525}
     expected = [(0, 2, "siren", 0.9), (2, 6, "dog_bark", 0.7375)]
     assert [tuple(part[column] for column in answers.COLUMNS) for part in value["timeline"]] == expected

@@ -110,7 +110,7 @@ def test_recording_and_explanation_can_be_drawn(tmp_path, n_windows):
         window = rng.uniform(-1, 1, SMALL.clip_samples).astype(np.float32)
         sketch.add(index * hop, window, row)
     starts = np.arange(n_windows) * hop / SMALL.sample_rate
-    answer = Answer(["a_b", "$x$"], float(starts[-1] + 4), starts, starts + 4, probabilities, [])
+    answer = Answer(["a_b", "$x$"], float(starts[-1] + 4), starts, starts + 4, probabilities, np.ones(n_windows), [])
     name = "folder/dro$le\udcff\n.wav"
     pictures.draw_recording(tmp_path / "plot.png", name, answer, sketch)
     pictures.draw_explanation(tmp_path / "why.png", name, answer, [build("SharedAudioCNN")] * 2, sketch)
