@@ -79,13 +79,13 @@ def build_page(gradio, model):
         gradio.Markdown(f"# What is that sound?\nOne of: {', '.join(model.info['class_names'])}.")
         with gradio.Row():
             with gradio.Column():
-                audio = gradio.Audio(sources=["upload", "microphone"], type="filepath", label="Recording")
+                audio = gradio.Audio(sources=["upload", "microphone"], type="filepath", label="Recording", buttons=[])
                 text = gradio.Markdown(HINT)
                 bars = gradio.Label(label="Classes", show_heading=False)
             with gradio.Column():
-                image = gradio.Image(label="Waveform, log-mel spectrogram and timeline", interactive=False)
-                headers = ["from", "to", "class", "confidence"]
-                rows = gradio.Dataframe(headers=headers, label="Timeline", interactive=False)
+                image = gradio.Image(show_label=False, interactive=False, buttons=["download", "fullscreen"])
+                headers = ["from", "to", "class", "sure"]
+                rows = gradio.Dataframe(headers=headers, label="Timeline", interactive=False, wrap=True)
                 link = gradio.HTML()
         shown = [text, bars, image, rows, link]
         audio.change(lambda path: describe(path, model), audio, shown, api_name="classify", show_progress_on=text)

@@ -96,7 +96,7 @@ def test_json_csv_and_labels_say_the_same(tmp_path):
     value = json.loads(answers.as_json("a,b.wav", long, ["x", "y"], top_k=1))
     assert value["file"] == "a,b.wav" and value["models"] == ["x", "y"] and value["windows"] == 2
     assert (value["class"], value["confidence"]) == ("dog_bark", 0.95)
-    assert value["probabilities"] == {"dog_bark": 0.525}
+    assert value["probabilities"] == {"dog_bark": 0.95}
     expected = [(0, 2, "siren", 0.9), (2, 6, "dog_bark", 0.7375)]
     assert [tuple(part[column] for column in answers.COLUMNS) for part in value["timeline"]] == expected
     answers.save_csv(tmp_path / "a.csv", {"a,b.wav": long.timeline})

@@ -27,11 +27,12 @@ STAGES = ["python preprocess_data.py", "python train.py"]
 LEFT_OUT = {
     **dict.fromkeys(STAGES, "the fixture `finished` runs it, before all examples"),
     "git clone https://github.com/OWNER/audio_is_all_you_need && cd audio_is_all_you_need": CLONES,
-    "bash 00_setup.sh": INSTALLS,
     "bash 01_setup.sh": INSTALLS,
     "bash 02_demo.sh": INSTALLS,
     "bash 03_test.sh": INSTALLS,
     "conda activate audio_env": INSTALLS,
+    "pip install -r requirements-app.txt": INSTALLS,
+    "python app.py": "runs until it is stopped: tests/test_app.py drives it",
     "python download_data.py": "fetches 6 GB: tests/test_download_data.py tests it against loopback",
     "HF_REPO_ID=owner/data python preprocess_data.py": NEEDS_ACCOUNT,
     "HF_MODEL_REPO_ID=owner/model python train.py": NEEDS_ACCOUNT,
@@ -41,7 +42,7 @@ LEFT_OUT = {
     "python test_playsound_app.py": NEEDS_SOUND,
     "python predict.py --mic": NEEDS_SOUND,
 }
-KINDS = {"bash", "text"}  # of the README's blocks
+KINDS = {"bash", "text", "python"}  # of the README's blocks
 FORMATS = "wav|flac|ogg|mp3|aiff"
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the examples are for bash")
@@ -91,7 +92,7 @@ def finished(tmp_path_factory, environment):
     for path in REPOSITORY.iterdir():
         if path.suffix in (".py", ".sh", ".txt", ".md", ".toml"):
             shutil.copy(path, project)
-    for name in ("reports", "services", "research"):
+    for name in ("reports", "services", "research", "models"):
         shutil.copytree(REPOSITORY / name, project / name)
     config = project / "config.py"
     text, found = re.subn(r"^EPOCHS: int = \d+", "EPOCHS: int = 1", config.read_text(encoding="utf-8"), flags=re.M)
@@ -142,6 +143,16 @@ def test_example(block, finished, environment, tmp_path):
 def copy_or_link(source, target):
     """Copy a file; the data set's clips, which are only read, as links."""
     return os.link(source, target) if f"{os.sep}audio{os.sep}fold" in source else shutil.copy2(source, target)
+
+
+def test_examples_in_python(finished, environment, tmp_path):
+    project = finished / "audio_is_all_you_need"
+    code = "\n".join(text for kind, text in read_blocks() if kind == "python")
+    assert "load()" in code and "onnxruntime" in code
+    provide_recordings(["street.wav"], project)
+    shutil.copy(project / "models" / "urban_sounds.onnx", project / "model.onnx")
+    (tmp_path / "example.py").write_text(code)
+    run([f"PYTHONPATH=. python {tmp_path / 'example.py'}"], project, environment)
 
 
 @pytest.mark.parametrize("command", LEFT_OUT)
