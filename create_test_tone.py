@@ -60,7 +60,13 @@ def main():
     add("--seconds", type=float, default=SECONDS, metavar="S", help=f"length of the tone (default: {SECONDS:g})")
     add("--level", type=float, default=LEVEL, metavar="DBFS", help=f"peak level, 0 at most (default: {LEVEL:g})")
     add("--rate", type=int, default=RATE, metavar="HZ", help=f"sampling rate of the file (default: {RATE})")
-    add("--output", type=Path, default=Path(FILE_NAME), metavar="FILE", help=f"WAV file (default: {FILE_NAME})")
+    add(
+        "--output",
+        type=utils.home_path,
+        default=Path(FILE_NAME),
+        metavar="FILE",
+        help=f"WAV file (default: {FILE_NAME})",
+    )
     args = parser.parse_args()
     write_tone(args.output, tone(args.frequency, args.seconds, args.level, args.rate), args.rate)
     print(f"{args.output}: {args.frequency:g} Hz, {args.seconds:g} s, {args.level:g} dBFS, sampled at {args.rate} Hz")

@@ -54,6 +54,11 @@ def test_value_out_of_range_is_named(name, value):
         create_test_tone.tone(**{name: value})
 
 
+def test_home_folder_behind_an_equals_sign_is_found(run_script, tmp_path):
+    done = run_script("create_test_tone.py", "--output=~/tone.wav", cwd=tmp_path, env={"HOME": str(tmp_path)})
+    assert done.returncode == 0 and (tmp_path / "tone.wav").is_file() and not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize("output, words", [("tone.mp3", "end in .wav"), ("folder.wav", "can't write")])
 def test_unwritable_file_is_one_line(run_script, tmp_path, output, words):
     (tmp_path / "folder.wav").mkdir()
