@@ -117,6 +117,13 @@ OPPOSITE = 0.1  # the sum's range in shares of a channel's, below which the chan
 BLOCK_SAMPLES = 1 << 18  # samples of each channel that are decoded at a time: 6 s at 44.1 kHz
 TAIL_BYTES = 1 << 13  # that a file may have behind its sound (titles)
 MAX_RIFF = 0x7FFF0000  # bytes; headers of files that were written to a pipe name this or more
+LENGTHS = {  # first bytes of a file: byte order, position and bytes of the length, bytes before what that counts
+    b"RIFF": ("little", 4, 4, 8),
+    b"RF64": ("little", 20, 8, 8),
+    b"riff": ("little", 16, 8, 0),  # W64
+    b"FORM": ("big", 4, 4, 8),
+    b".snd": ("big", 8, 4, None),  # AU, whose header names where the sound begins
+}
 CUT = 0.9  # of the length that an MP3 names or that is guessed by its size; what is shorter seems to be cut off
 SAMPLE_BYTES = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
 FFMPEG_SECONDS = 60  # s without a sample after which ffmpeg has failed
@@ -248,15 +255,20 @@ def check_rate(name, rate, channels):
 
 
 def check_length(path, descriptor):
-    """Compare the size of a WAV or AIFF file with its header's. UserError for two joined by cat; a note if cut off."""
+    """Compare a file's size with the length in its header, of LENGTHS.
+
+    UserError for two files joined by cat; a note if it is cut off.
+    """
     name = os.pread(descriptor, 4, 0)
-    order = {b"RIFF": "little", b"FORM": "big"}.get(name)
-    if order is None or os.pread(descriptor, 4, 8) == b"AVI ":  # a video beyond 1 GB goes on like two files
+    if name not in LENGTHS or os.pread(descriptor, 4, 8) == b"AVI ":  # a video beyond 1 GB goes on like two files
         return
-    length = int.from_bytes(os.pread(descriptor, 4, 4), order)
-    if os.pread(descriptor, 4, 8 + length) == name:  # the first alone would be read
+    order, position, size, before = LENGTHS[name]
+    length = int.from_bytes(os.pread(descriptor, size, position), order)
+    before = int.from_bytes(os.pread(descriptor, 4, 4), order) if before is None else before
+    end = before + length
+    lacking = end - os.fstat(descriptor).st_size
+    if end and lacking < 0 and os.pread(descriptor, 4, end) == name:  # the first alone would be read
         raise UserError(f"{path} is two files, one behind the other: cut it in two, or join them as audio")
-    lacking = 8 + length - os.fstat(descriptor).st_size
     if lacking > 1 and length < MAX_RIFF:
         print_cut(path, f"its header names {lacking} bytes more than there are")
 

@@ -452,7 +452,7 @@ def test_chunks_behind_the_sound_are_no_sound(tmp_path):
     assert len(read_audio(path, RATE)) == 5001
 
 
-@pytest.mark.parametrize("file_format", ["wav", "aiff"])
+@pytest.mark.parametrize("file_format", ["wav", "aiff", "rf64", "au"])
 def test_files_joined_by_cat_are_refused(file_format, tmp_path):
     path = write(tmp_path / f"a.{file_format}", sounds(5000, RATE)["tone"])
     path.write_bytes(2 * path.read_bytes())
@@ -460,7 +460,7 @@ def test_files_joined_by_cat_are_refused(file_format, tmp_path):
         read_audio(path, RATE)
 
 
-@pytest.mark.parametrize("file_format", ["wav", "aiff", "mp3"])
+@pytest.mark.parametrize("file_format", ["wav", "aiff", "mp3", "rf64", "au", "w64"])
 def test_file_that_ends_before_its_headers_length_is_noted(file_format, tmp_path, capfd):
     path = write(tmp_path / f"a.{file_format}", sounds(10 * RATE, RATE)["noise"])
     read_audio(path, RATE)
