@@ -14,6 +14,7 @@
 #     MINIFORGE_URL        a mirror of https://github.com/conda-forge/miniforge/releases
 #
 # Exit status 0: conda is there. 2: it is not; one line says why and what to do.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh knows no pipefail
 set -euo pipefail
 
 MINIFORGE_DIR="${MINIFORGE_DIR:-$HOME/miniforge3}"

@@ -13,6 +13,7 @@
 # files; if nothing has changed, it needs no network. The chosen build of PyTorch is kept.
 #
 # Exit status 0: every package can be imported. 2: one line says what failed and how to fix it.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh knows no pipefail
 set -euo pipefail
 
 ENV_NAME="audio_env"

@@ -10,6 +10,7 @@
 # reuses what is done.
 #
 # Exit status 0: held-out accuracy is 90 % or more. 2: it is lower, or a step failed; one line says why.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh knows no pipefail
 set -euo pipefail
 
 EPOCHS=8        # of each of the ten folds

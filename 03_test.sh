@@ -6,6 +6,7 @@
 #
 # Runs the set-up first if needed (bash 01_setup.sh --dev). Prints the output of ruff, shellcheck and pytest. Exit status
 # 0: all of them pass.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh knows no pipefail
 set -euo pipefail
 
 project_dir="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"

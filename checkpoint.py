@@ -150,9 +150,15 @@ def check_parts(checkpoint):
         raise ValueError(f"its {', '.join(odd)} can't be")
     try:
         json.dumps([checkpoint[name] for name in ("best", "history", "run_id", "settings")])
-        best, epochs = checkpoint["best"], [row["epoch"] for row in checkpoint["history"]]
-        is_loss = best["validation_loss"] is None or isinstance(best["validation_loss"], float)
-        is_right = epochs == list(range(1, checkpoint["epoch"] + 1)) and best["epoch"] in epochs and is_loss
+        best, history = checkpoint["best"], checkpoint["history"]
+        epochs = [row["epoch"] for row in history]
+        is_right = (
+            epochs == list(range(1, checkpoint["epoch"] + 1))
+            and all(row.keys() == history[0].keys() for row in history)
+            and best["epoch"] in epochs
+            and (best["validation_loss"] is None or isinstance(best["validation_loss"], float))
+            and all(isinstance(name, str) for name in checkpoint["settings"])
+        )
     except (KeyError, TypeError):
         is_right = False
     if not is_right:
@@ -339,7 +345,9 @@ def remove_folds(paths, folds, settings):
             if not locks.enter_context(utils.try_lock(lock_path(paths.checkpoints, fold))):
                 raise UserError(f"another process trains fold {fold} in {paths.checkpoints}: wait for it to end")
         for fold in folds:
-            shutil.rmtree(fold_dir(paths.checkpoints, fold), ignore_errors=True)
+            if (folder := fold_dir(paths.checkpoints, fold)).is_symlink():  # a user keeps it on another disk
+                folder.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
             model_path(paths.models, fold).unlink(missing_ok=True)
             for name in ("predictions", "history"):
                 result_path(paths.results, name, fold).unlink(missing_ok=True)

@@ -240,8 +240,9 @@ def read_table(path, columns):
         raise UserError(f"no metadata at {path}: run python download_data.py, or name the data set's folder")
     try:
         with open(path, "rb") as file:
-            if file.readline(MAX_HEADER).count(b",") > MAX_COLUMNS:
-                raise ValueError(f"more than {MAX_COLUMNS} columns")
+            header = file.readline(MAX_HEADER)
+        if len(header) == MAX_HEADER or header.count(b",") > MAX_COLUMNS:
+            raise ValueError(f"its first line has over {MAX_COLUMNS} columns or {MAX_HEADER} bytes")
         options = {"keep_default_na": False, "index_col": False, "skip_blank_lines": False}  # so that lines count
         with warnings.catch_warnings(action="error"):  # of a first row with more columns than the header
             rows = pd.read_csv(path, dtype=object, encoding="utf-8-sig", **options)

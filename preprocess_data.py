@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import config
 import utils
-from audio import AudioSettings, clip_features, read_audio, stream_audio, windows
+from audio import AudioSettings, clip_features, stream_audio, windows
 from utils import UserError
 
 if __name__ != "__mp_main__":  # the worker processes import this file too, and start faster without pandas
@@ -97,7 +97,8 @@ def cut_recording(path, part, audio):
     overlap by half, without the silence at the ends. UserError if it can't be read, or is silent.
     """
     if part is None:
-        return [(None, None, clip_features(read_audio(path, audio.sample_rate), audio))]
+        beginning = section(stream_audio(path, audio.sample_rate), 0, audio.clip_samples)
+        return [(None, None, clip_features(np.concatenate([*beginning]), audio))]
     rate, length = audio.sample_rate, audio.clip_samples
     first = round(float(part[0] or 0) * rate)
     last = round(float(part[1]) * rate) if part[1] else None

@@ -27,7 +27,7 @@ def data_card(folder, repo_id):
         n_clips=f"{len(clips):,}",
         n_left_out=len(info["left_out"]),
         shape=tuple(info["shape"]),  # (clips, n_mels, n_frames)
-        dtype=info["audio"]["feature_dtype"],
+        dtype=tables.escape(info["audio"]["feature_dtype"]),
         repo_id=repo_id,
         settings=_settings_table(info["audio"]),
         counts=tables.table(header, counts.itertuples(name=None)),
@@ -41,7 +41,7 @@ def model_card(results, names, repo_id):
         "model_card.md",
         names,
         results["run"].get("source", "own sounds"),
-        network=settings.get("model", "network"),
+        network=tables.escape(settings.get("model", "network")),
         note=tables.titled("", results),
         coverage=f"{tables.coverage(results)}, protocol {results['protocol']}",
         accuracy=f"{results['accuracy_mean']:.4f}",

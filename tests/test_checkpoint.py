@@ -135,6 +135,8 @@ DAMAGES = {
     "best that is a list": lambda path: rewrite(path, best=[1]),
     "best without a loss": lambda path: rewrite(path, best={"epoch": 3}),
     "history of other epochs": lambda path: rewrite(path, history=[{"epoch": 3}]),
+    "history of different columns": lambda path: rewrite(path, history=[{"epoch": n, str(n): 1.0} for n in (1, 2, 3)]),
+    "settings without names": lambda path: rewrite(path, settings={1: 2}),
     "settings that are tensors": lambda path: rewrite(path, settings={"seed": torch.ones(3)}),
     "weights that are numbers": lambda path: rewrite(path, model={"weight": 3}),
     "weights without memory": lambda path: rewrite(path, best_model={"weight": torch.ones(3, device="meta")}),
