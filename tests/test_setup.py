@@ -372,7 +372,8 @@ def test_ci_run_stops_at_first_failure_with_its_exit_status(world):
 
 
 def test_pinned_packages_are_those_that_are_imported():
-    lines = [line for line in (PROJECT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    text = "".join((PROJECT / name).read_text() for name in ("requirements.txt", "requirements-app.txt"))
+    lines = [line for line in text.splitlines() if line and line[0] != "#"]
     pins = {match[1] for line in lines if (match := re.fullmatch(r"([\w-]+)==[\d.]+", line))}
     assert len(pins) == len(lines)
     paths = [path for path in [*PROJECT.glob("*.py"), *PROJECT.glob("[!.]*/*.py")] if path.parent.name != "tests"]
