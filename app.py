@@ -94,7 +94,7 @@ def build_page(gradio, model):
 
 def main():
     args = parse_args()
-    gradio = utils.need("gradio", "the page")
+    gradio = utils.need("gradio", "the page", "pip install -r requirements-app.txt")
     model = open_models(find_models(args.model_dir, None, utils.run_folders(args).models))
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # others are fetched
     page = build_page(gradio, model)

@@ -470,9 +470,9 @@ def keep_freed_memory():
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes: free memory at the top that is given back
 
 
-def need(module, why):
+def need(module, why, remedy="bash 01_setup.sh"):
     """Import and return a module that only some runs need. UserError says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{why} needs {module}, which is not installed: bash 01_setup.sh") from error
+        raise UserError(f"{why} needs {module}, which is not installed: {remedy}") from error

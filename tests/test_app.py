@@ -38,6 +38,12 @@ def test_recording_is_answered_with_bars_picture_and_table(page, tmp_path):
     assert picture and table["data"][0][2] == bars["label"] and "data:text/csv" in link
 
 
+def test_recording_that_is_too_long_is_a_text(page, tmp_path):
+    soundfile.write(tmp_path / "long.flac", np.zeros(1000 * 60 * 11), 1000)
+    text, *_ = page.predict(handle_file(tmp_path / "long.flac"), api_name="/classify")
+    assert "longer than 10 minutes" in text
+
+
 def test_what_is_no_audio_is_a_text_and_no_traceback(page, tmp_path):
     (tmp_path / "a.wav").write_text("no sound")
     text, *others = page.predict(handle_file(tmp_path / "a.wav"), api_name="/classify")
