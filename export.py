@@ -1,6 +1,6 @@
 """Write a model as one .onnx file, samples in and probabilities out, for anything that runs ONNX.
 
-    python export.py                                        # your model (see predict.py) -> model_fold_0_best.onnx
+    python export.py                                        # predict.py's model -> such as model_fold_0_best.onnx
     python export.py --model_dir models/urban_sounds.safetensors --output urban_sounds.onnx
 
 The log-mel spectrogram is inside, so nothing of this project is needed to use the file. Input `samples`: (batch, n)
@@ -21,7 +21,7 @@ import torch
 import torchaudio
 
 import utils
-from classifier import OnnxClassifier, TorchClassifier, find_models
+from classifier import READY_MODEL, OnnxClassifier, TorchClassifier, find_models
 from utils import UserError
 
 CHECKS = 24  # sounds: noise and tones of many lengths and levels
@@ -116,6 +116,8 @@ def main():
     args = parse_args()
     fold = int(args.fold_num) if args.fold_num and args.fold_num.isdecimal() else args.fold_num
     paths = find_models(args.model_dir, fold, utils.run_folders(args).models)
+    if paths == [READY_MODEL]:
+        paths = [READY_MODEL.with_suffix(".safetensors")]
     if len(paths) > 1 or paths[0].suffix == ".onnx":
         raise UserError(f"{paths[0]}: name one .safetensors file with --model_dir, or one fold with --fold_num")
     model, output = TorchClassifier(paths), args.output or Path(paths[0].with_suffix(".onnx").name)

@@ -74,6 +74,8 @@ def test_prediction_by_an_onnx_file_imports_no_torch(recording):
 
 
 def test_ready_model_answers_where_nothing_is_trained(run_script, recording, tmp_path):
+    done = run_script("export.py", "--assets_dir", tmp_path / "none", "--output", tmp_path / "model.onnx")
+    assert done.returncode == 0 and "urban_sounds.safetensors" in done.stdout, done.stderr
     done = run_script("predict.py", recording, "--assets_dir", tmp_path / "none", "--json")
     assert done.returncode == 0 and "no trained model in" in done.stderr, done.stderr
     assert json.loads(done.stdout)["models"] == ["urban_sounds.onnx"]
