@@ -17,8 +17,6 @@ from pathlib import Path
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before it is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-import matplotlib.image as matplotlib_image
-
 import utils
 from audio import stream_audio
 from classifier import find_models, open_models
@@ -63,7 +61,7 @@ def describe(path, model):
             picture, table = Path(folder) / "picture.png", Path(folder) / "timeline.csv"
             pictures.draw_recording(picture, name, answer, sketch)
             answers.save_csv(table, {name: answer.timeline})
-            image, csv = matplotlib_image.imread(picture), base64.b64encode(table.read_bytes()).decode()
+            image, csv = pictures.read(picture), base64.b64encode(table.read_bytes()).decode()
     except UserError as error:
         return f"**{utils.one_line(str(error).replace(str(path), name), longest=500)}**", None, None, None, ""
     timeline = answer.timeline

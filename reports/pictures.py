@@ -58,6 +58,11 @@ def picture(path, title, width, height):
         figure.savefig(file, format="png", metadata={"Title": title})
 
 
+def read(path):
+    """Return a picture as an array, (height, width, RGBA), of 0 to 1."""
+    return utils.need("matplotlib.image", "drawing").imread(path)
+
+
 def label(name):
     """Return a name as matplotlib shall show it, in one line: without this, a pair of $ would start a formula."""
     return utils.one_line(name, MAX_LABEL).replace("$", r"\$").replace("_", " ")
