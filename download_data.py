@@ -3,23 +3,29 @@
     python download_data.py                          # 6 GB from Zenodo -> <assets>/data/UrbanSound8K
     python download_data.py --data_dir /big/disk/US8K
     python download_data.py --demo                   # 300 synthetic clips instead, in seconds, no network
+    python download_data.py --dataset esc50          # ESC-50 instead: 2,000 clips of 50 classes, 0.6 GB from GitHub
 
 Needs 14 GB of disk while it runs and 7 GB after. Stop it at any time: the same command resumes, and returns at once
 when the data set is complete. soundata validates every file. An archive that a browser fetched is used if it lies in
-the data set's folder as UrbanSound8K.tar.gz. The archive is removed at the end.
+the data set's folder as UrbanSound8K.tar.gz. The archive is removed at the end. GitHub makes ESC-50's archive anew,
+with another md5: there, the checksums in the archive and soundata's md5 of each clip are what is checked.
 
 UrbanSound8K is free for non-commercial use (CC BY-NC): J. Salamon, C. Jacoby and J. P. Bello, "A Dataset and Taxonomy
-for Urban Sound Research", 22nd ACM International Conference on Multimedia, Orlando, 2014.
+for Urban Sound Research", 22nd ACM International Conference on Multimedia, Orlando, 2014. ESC-50 is CC BY-NC 3.0: K. J.
+Piczak, "ESC: Dataset for Environmental Sound Classification", 23rd ACM International Conference on Multimedia, 2015.
 """
 
 import hashlib
+import importlib
 import os
 import re
+import shutil
 import sys
 import tarfile
 import time
+import zipfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import requests
 import urllib3
@@ -34,6 +40,8 @@ from utils import UserError
 TOP_FOLDER = "UrbanSound8K"  # of the archive; its contents become the data set's folder
 ARCHIVE = "UrbanSound8K.tar.gz"
 METADATA = "metadata/UrbanSound8K.csv"
+ESC50_TABLE = "meta/esc50.csv"
+ESC50_DIR = "data/ESC-50"  # in the assets
 DISK_BYTES = 14e9  # archive (6 GB) and unpacked files (7 GB), rounded up
 MAX_BYTES = 10e9  # neither the archive nor its unpacked files are as large: more is something else
 
@@ -48,6 +56,7 @@ def parse_args():
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("--data_dir", metavar="DIR", help=f"the data set (default: {config.DATASET_DIR} in the assets)")
+    add("--dataset", choices=["urbansound8k", "esc50"], default="urbansound8k", help="default: urbansound8k")
     add("--demo", action="store_true", help="make the miniature instead, without a download")
     add("--force", action="store_true", help="write every file again, even if the data set looks complete")
     add("--url", help="another source of the same archive, such as a mirror (default: soundata's)")
@@ -137,13 +146,15 @@ def root_cause(error):
 
 
 def get_file(url, path, md5):
-    """Bring a file with this md5 to `path`. A broken one is named and fetched again, once."""
+    """Bring a file with this md5 (None: any) to `path`. A broken one is named and fetched again, once."""
     for _ in range(2):
         if not path.exists():
             print(f"fetching {url}")
             part = path.with_name(path.name + ".part")
             fetch(url, part)
             os.replace(part, path)
+        if md5 is None:
+            return
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         if found == md5:
@@ -186,31 +197,55 @@ def unpack(archive, folder):
         table.unlink(missing_ok=True)
 
 
-def soundata_remotes():
-    """Return soundata's (archive, index) entries for UrbanSound8K: objects with filename, url and checksum (md5)."""
-    utils.need("soundata", "the download")
-    from soundata.datasets import urbansound8k
+def unpack_zip(archive, folder):
+    """Unpack the files of the archive's one top folder into `folder`, over what is there, the table last.
 
-    return urbansound8k.REMOTES["all"], urbansound8k.INDEXES[urbansound8k.INDEXES["default"]].remote
+    UserError for a damaged archive, names that leave the folder, and more bytes than the data set has.
+    """
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = [member for member in file.infolist() if not member.is_dir()]
+            if sum(member.file_size for member in members) > MAX_BYTES:
+                raise UserError(f"{archive} is refused: it unpacks to more than {MAX_BYTES:.3g} bytes")
+            members.sort(key=lambda member: member.filename.endswith(ESC50_TABLE))
+            for member in tqdm(members, "unpacking", unit="file", leave=False, disable=None):
+                name = "/".join(PurePosixPath(member.filename).parts[1:])
+                if not data_loader.is_file_name(name):
+                    raise UserError(f"{archive} is refused: it names the file {member.filename!r}. Delete it")
+                with file.open(member) as source, utils.atomic_write(folder / name) as target:
+                    shutil.copyfileobj(source, target)
+    except (zipfile.BadZipFile, EOFError, zlib.error, ValueError, NotImplementedError, RuntimeError) as error:
+        reason = utils.one_line(error)
+        raise UserError(f"{archive} can't be unpacked ({reason}). If you delete it, it is fetched again") from error
+
+
+def soundata_remotes(dataset="urbansound8k"):
+    """Return soundata's (archive, index) entries for a data set: objects with filename, url and checksum (md5)."""
+    utils.need("soundata", "the download")
+    module = importlib.import_module(f"soundata.datasets.{dataset}")
+    return module.REMOTES["all"], module.INDEXES[module.INDEXES["default"]].remote
 
 
 def missing_clips(dataset_dir):
     """Return (names of clips that the table lists and that are missing or empty, number of clips listed)."""
+    if (dataset_dir / ESC50_TABLE).is_file():
+        paths = data_loader.read_esc50(dataset_dir)["path"]
+        return [str(path.relative_to(dataset_dir)) for path in paths if not size_of(path)], len(paths)
     clips = data_loader.read_clip_table(dataset_dir / METADATA)  # which refuses names and folds that leave the folder
     names = [f"audio/fold{fold}/{name}" for fold, name in zip(clips["fold"], clips["slice_file_name"], strict=True)]
     return [name for name in names if not size_of(dataset_dir / name)], len(names)
 
 
-def broken_files(dataset_dir):
+def broken_files(dataset_dir, dataset="urbansound8k"):
     """Return the names of files that are missing or whose md5 is not the one of soundata's index."""
-    _, remote = soundata_remotes()
+    _, remote = soundata_remotes(dataset)
     index = dataset_dir / remote.filename
     try:
         get_file(remote.url, index, remote.checksum)
     except UserError as error:
         print(f"no index from soundata ({error}). Clips are checked against the table instead")
         return missing_clips(dataset_dir)[0]
-    dataset = utils.need("soundata", "the download").initialize("urbansound8k", data_home=str(dataset_dir))
+    dataset = utils.need("soundata", "the download").initialize(dataset, data_home=str(dataset_dir))
     dataset.index_path = str(index)  # soundata would keep it in its own package folder, writable or not
     broken = []
     for kinds in dataset.validate(verbose=sys.stderr.isatty()):  # missing, then invalid: {kind: {id: [paths]}}
@@ -248,11 +283,33 @@ def download(dataset_dir, url, force):
     print(f"complete: {missing_clips(dataset_dir)[1]} clips in {dataset_dir}, each validated")
 
 
+def download_esc50(dataset_dir, url, force):
+    """Bring dataset_dir to a complete ESC-50, as `download` does."""
+    remote, _ = soundata_remotes("esc50")
+    archive = dataset_dir / remote.filename
+    if (dataset_dir / ESC50_TABLE).is_file() and not archive.exists() and not force:
+        missing, n_clips = missing_clips(dataset_dir)
+        if not missing:
+            print(f"complete: {n_clips} clips in {dataset_dir}")
+            return
+    get_file(url or remote.url, archive, None)
+    unpack_zip(archive, dataset_dir)
+    if broken := broken_files(dataset_dir, "esc50") or missing_clips(dataset_dir)[0]:
+        (dataset_dir / ESC50_TABLE).unlink()  # without it the data set is not taken for complete
+        archive.unlink()
+        raise UserError(f"{len(broken)} unpacked files are broken, such as {broken[0]}: run again to fetch the archive")
+    archive.unlink()
+    print(f"complete: {missing_clips(dataset_dir)[1]} clips in {dataset_dir}, each validated")
+
+
 def main():
     args = parse_args()
-    dataset_dir = utils.folder(args.data_dir, args.assets_dir, config.DATASET_DIR)
+    below = ESC50_DIR if args.dataset == "esc50" else config.DATASET_DIR
+    dataset_dir = utils.folder(args.data_dir, args.assets_dir, below)
     try:
         with utils.only_one(dataset_dir, "download_data.py"):
+            if args.dataset == "esc50":
+                return download_esc50(dataset_dir, args.url, args.force)
             if not args.demo:
                 return download(dataset_dir, args.url, args.force)
             state = "made" if demo_data.make_miniature(dataset_dir, force=args.force) else "complete"

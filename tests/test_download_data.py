@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import pytest
 from conftest import REPOSITORY
 from flaky_server import serving
 
+import data_loader
 import download_data
 import utils
 from utils import UserError
@@ -309,3 +311,63 @@ def test_unpack_damaged_archive_is_named(tmp_path, content):
     write(tmp_path, {"archive": content})
     with pytest.raises(UserError, match=f"{tmp_path}/archive can't be unpacked"):
         download_data.unpack(tmp_path / "archive", tmp_path / "data")
+
+
+# --- ESC-50 ------------------------------------------------------------------------------------------------------
+
+
+def esc50_archive(extra=None):
+    """Return a .zip as GitHub makes it, with ten clips."""
+    header = "filename,fold,target,category,esc10,src_file,take\n"
+    table = header + "".join(f"1-{i}-A-{i}.wav,{i % 5 + 1},{i},class {i},False,{i},A\n" for i in range(10))
+    files = {f"audio/1-{i}-A-{i}.wav": CONTENT[i * 1000 : (i + 1) * 1000] for i in range(10)}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, content in {download_data.ESC50_TABLE: table.encode(), **files, **(extra or {})}.items():
+            file.writestr(f"ESC-50-master/{name}", content)
+    return buffer.getvalue(), files
+
+
+@pytest.fixture
+def download_esc50(monkeypatch, tmp_path, capsys):
+    """A function that fetches an archive from loopback with --dataset esc50, and gives (status, stdout, stderr)."""
+
+    def run(archive, files, spoil=""):
+        index = {"clips": {name: {"audio": [name, md5_of(content) + spoil]} for name, content in files.items()}}
+        with serving(archive, json.dumps(index).encode()) as server:
+            remote, index_remote = download_data.soundata_remotes("esc50")
+            monkeypatch.setenv("no_proxy", "127.0.0.1")
+            monkeypatch.setattr(remote, "url", server.address)
+            monkeypatch.setattr(index_remote, "url", f"{server.address}/index.json")
+            monkeypatch.setattr(index_remote, "checksum", md5_of(server.index))
+            flags = ["--dataset", "esc50", "--assets_dir", str(tmp_path)]
+            monkeypatch.setattr("sys.argv", ["download_data.py", *flags])
+            status = 0
+            try:
+                utils.run(download_data.main)
+            except SystemExit as ended:
+                status = ended.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_esc50_is_fetched_and_each_clip_validated(download_esc50, tmp_path):
+    status, out, err = download_esc50(*esc50_archive())
+    assert (status, err) == (0, "") and "complete: 10 clips" in out and "each validated" in out
+    kind, clips = data_loader.read_dataset(tmp_path / "data" / "ESC-50")
+    assert kind == "ESC-50" and len(clips) == 10 and all(path.is_file() for path in clips["path"])
+    assert not list(tmp_path.rglob("*.zip"))
+    _, out, _ = download_esc50(b"", {})
+    assert out.startswith("complete: 10 clips")
+
+
+def test_esc50_with_a_changed_clip_or_a_name_that_leaves_its_folder_is_refused(download_esc50, tmp_path):
+    status, _, err = download_esc50(*esc50_archive(), spoil="0")
+    assert status == 2 and "10 unpacked files are broken, such as audio/1-0-A-0.wav" in err
+    status, _, err = download_esc50(*esc50_archive({"../../escaped.txt": b"x"}))
+    assert status == 2 and "is refused: it names the file" in err and not list(tmp_path.rglob("escaped.txt"))
+    (tmp_path / "data" / "ESC-50" / "ESC-50-master.zip").unlink()
+    archive, files = esc50_archive()
+    status, _, err = download_esc50(archive[:-30], files)
+    assert status == 2 and "can't be unpacked" in err
