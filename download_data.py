@@ -214,7 +214,7 @@ def unpack_zip(archive, folder):
                     raise UserError(f"{archive} is refused: it names the file {member.filename!r}. Delete it")
                 with file.open(member) as source, utils.atomic_write(folder / name) as target:
                     shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, EOFError, zlib.error, ValueError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error, ValueError, RuntimeError) as error:  # the last: encrypted
         reason = utils.one_line(error)
         raise UserError(f"{archive} can't be unpacked ({reason}). If you delete it, it is fetched again") from error
 

@@ -67,7 +67,7 @@ class SoundToProbabilities(torch.nn.Module):
 def parse_args():
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
-    add("--fold_num", metavar="N", help="0-indexed fold whose model is written, or none (see predict.py)")
+    add("--fold_num", type=utils.fold_or_word, metavar="N", help="0-indexed fold whose model is written, or none")
     add("--model_dir", metavar="DIR", help="a folder, a .safetensors file, or hf://owner/name (default: models/)")
     add("--output", type=utils.home_path, metavar="FILE", help="default: the model's name with .onnx, here")
     return parser.parse_args()
@@ -114,8 +114,7 @@ def largest_difference(one, other):
 
 def main():
     args = parse_args()
-    fold = int(args.fold_num) if args.fold_num and args.fold_num.isdecimal() else args.fold_num
-    paths = find_models(args.model_dir, fold, utils.run_folders(args).models)
+    paths = find_models(args.model_dir, args.fold_num, utils.run_folders(args).models)
     if paths == [READY_MODEL]:
         paths = [READY_MODEL.with_suffix(".safetensors")]
     if len(paths) > 1 or paths[0].suffix == ".onnx":

@@ -53,7 +53,7 @@ def parse_args():
     add = parser.add_argument
     add("recordings", nargs="*", metavar="RECORDING", help="files, folders, patterns, or - for standard input")
     add("--mic", action="store_true", help="listen to the microphone instead, until Ctrl-C")
-    add("--fold_num", type=fold_or_word, metavar="N", help="0-indexed fold whose model predicts, or all, or none")
+    add("--fold_num", type=utils.fold_or_word, metavar="N", help="0-indexed fold whose model predicts, or all, or none")
     add("--model_dir", metavar="DIR", help="a folder, a file, or hf://owner/name (default: models/)")
     add("--processed_dir", metavar="DIR", help="check the model's class names against this data set's")
     add("--window_seconds", type=utils.positive_float, metavar="S", help="of a long recording (default: a clip's 4 s)")
@@ -75,11 +75,6 @@ def parse_args():
         if Path(path).suffix.lower() in AUDIO_SUFFIXES:
             raise UserError(f"--{flag} {path} is the name of a recording, which would be overwritten: name another")
     return args
-
-
-def fold_or_word(text):
-    """argparse type: a fold number, "all" or "none"."""
-    return text if text in ("all", utils.NO_FOLD) else int(text)
 
 
 def find_recordings(names):

@@ -80,9 +80,7 @@ def parse_args():
     add = parser.add_argument
     add("--processed_dir", metavar="DIR", help="processed files of stage 2 (default: data/ in the assets)")
     add("--model_dir", metavar="DIR", help="where each fold's best model goes (default: models/ in the assets)")
-    add(
-        "--folds", type=utils.parse_folds, help="0-indexed, as in 0,3-5, or none to train on all (default: all present)"
-    )
+    add("--folds", type=utils.parse_folds, help="0-indexed, as in 0,3-5, or none: train on all (default: all present)")
     types = typing.get_type_hints(config)
     for name in (*CHOICES, *RANGES):
         kind, default = types[name.upper()], getattr(config, name.upper())
@@ -472,8 +470,8 @@ def cross_validate(data, settings, run, device, services):
     done = [fold for fold in run.folds if run.is_done(fold)]
     folds = "no test" if run.folds == [utils.NO_FOLD] else f"{len(run.folds)} of {len(set(data.folds))} folds"
     print(
-        f"{settings['model']} on {device}: {len(data.labels)} clips, {folds}, "
-        f"{settings['epochs']} epochs, validation {settings['validation']} -> {run.paths.checkpoints}"
+        f"{settings['model']} on {device}: {len(data.labels)} clips, {folds}, {settings['epochs']} epochs, "
+        f"validation {settings['validation']} -> {run.paths.checkpoints}"
     )
     for fold in done:
         print(f"fold {fold}: done already")

@@ -192,6 +192,11 @@ def positive_float(text):
     return value
 
 
+def fold_or_word(text):
+    """argparse type: a fold number, "all" or "none"."""
+    return text if text in ("all", NO_FOLD) else int(text)
+
+
 def parse_folds(text):
     """Return the sorted 0-indexed folds in a list such as "0,3-5" -> [0, 3, 4, 5]; "none" -> [NO_FOLD]."""
     if text == NO_FOLD:
@@ -436,7 +441,7 @@ def pick_device(name=config.DEVICE):
     try:
         torch.empty(1, device=name).cpu()
         return torch.device(name)
-    except (RuntimeError, AssertionError, ImportError) as error:  # NotImplementedError is the first, too
+    except (RuntimeError, AssertionError, ImportError) as error:  # a device without data is a RuntimeError
         raise UserError(f"device {name!r} can't be used here ({one_line(error)}); try --device auto") from error
 
 
