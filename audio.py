@@ -14,6 +14,7 @@ import functools
 import io
 import itertools
 import os
+import re
 import shutil
 import stat
 import struct
@@ -113,8 +114,10 @@ MAX_HOURS = 4  # h; a longer recording is refused before memory is taken for the
 MIN_RATE, MAX_RATE = 1000, 1_000_000  # Hz of a recording
 MAX_CHANNELS = 64
 MAX_LEVEL = 1e12  # full scale is 1; beyond MAX_LEVEL the power of a frame leaves float32's range
-OPPOSITE = 0.1  # the sum's range in shares of a channel's, below which the channels cancel each other
+OPPOSITE = 0.1  # the sum's std in shares of a channel's, below which the channels cancel each other
 BLOCK_SAMPLES = 1 << 18  # samples of each channel that are decoded at a time: 6 s at 44.1 kHz
+BLOCK_BYTES = 1 << 20  # of a file that are searched at a time
+OGG_PAGE = 65_307  # bytes of the largest
 TAIL_BYTES = 1 << 13  # that a file may have behind its sound (titles)
 MAX_RIFF = 0x7FFF0000  # bytes; headers of files that were written to a pipe name this or more
 LENGTHS = {  # first bytes of a file: byte order, position and bytes of the length, bytes before what that counts
@@ -124,9 +127,14 @@ LENGTHS = {  # first bytes of a file: byte order, position and bytes of the leng
     b"FORM": ("big", 4, 4, 8),
     b".snd": ("big", 8, 4, None),  # AU, whose header names where the sound begins
 }
-CUT = 0.9  # of the length that an MP3 names or that is guessed by its size; what is shorter seems to be cut off
+ONE_HEADER = {b"caff", b"FLV\1", b"0&\xb2u", b"wvpk"}  # first bytes of a CAF, FLV, WMA or WavPack file
+HEADER_BYTES = 20  # with which only one file can begin that holds sound
+CUT = 0.9  # of the length that is named or that is guessed by a file's size; what is shorter seems to be cut off
 SAMPLE_BYTES = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
 FFMPEG_SECONDS = 60  # s without a sample after which ffmpeg has failed
+FFMPEG_LENGTH = re.compile(rb"Duration: (\d+):(\d+):(\d+)")  # h, min, s; in what ffmpeg prints of a file
+FFMPEG_CUT = re.compile(rb"ended prematurely|partial file|[Pp]acket corrupt|corrupt input packet")
+MAX_LINES = 100  # of ffmpeg that are kept
 FFMPEG_INPUTS = "aac,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav,wv"
 MIN_TAIL = 0.1  # of a hop; less sound than this after the last full window gets no window of its own
 
@@ -232,13 +240,15 @@ def soundfile_blocks(path, file, descriptor):
     while len(block := file.read(BLOCK_SAMPLES, dtype=dtype, always_2d=True)):
         n_read += len(block)
         yield block
+    if file.format == "OGG" and lacks_end(descriptor):
+        print_cut(path, "its last page is not marked as the last")
     if file.format == "MP3" and n_read < CUT * file.frames < CUT * UNKNOWN_LENGTH:
         print_cut(path, f"it ends after {n_read / file.samplerate:.1f} of {file.frames / file.samplerate:.1f} s")
     if file.format in ("WAV", "WAVEX"):
         yield from headerless_blocks(file, descriptor, first_byte, n_read)
     elif file.format in ("MP3", "OGG", "FLAC") and has_more(file, descriptor):
         reason = f"it goes on after the {n_read / file.samplerate:.1f} s that can be read"
-        with open_with_ffmpeg(path, reason) as (_, _, blocks):
+        with open_with_ffmpeg(path, reason, file.samplerate) as (_, _, blocks):  # it takes Opus to be of 48 kHz
             for block in blocks:
                 if len(block) > n_read:
                     yield block[n_read:]
@@ -260,6 +270,8 @@ def check_length(path, descriptor):
     UserError for two files joined by cat; a note if it is cut off.
     """
     name = os.pread(descriptor, 4, 0)
+    if name in ONE_HEADER or os.pread(descriptor, 4, 4) == b"ftyp":  # MP4
+        check_one_header(path, descriptor)
     if name not in LENGTHS or os.pread(descriptor, 4, 8) == b"AVI ":  # a video beyond 1 GB goes on like two files
         return
     order, position, size, before = LENGTHS[name]
@@ -273,6 +285,14 @@ def check_length(path, descriptor):
         print_cut(path, f"its header names {lacking} bytes more than there are")
 
 
+def check_one_header(path, descriptor):
+    """Raise a UserError if the first bytes of a file come again in it: two files joined by cat."""
+    header, size = os.pread(descriptor, HEADER_BYTES, 0), os.fstat(descriptor).st_size
+    for start in range(1, size, BLOCK_BYTES):
+        if header in os.pread(descriptor, BLOCK_BYTES + HEADER_BYTES, start):
+            raise UserError(f"{path} is two files, one behind the other: cut it in two, or join them as audio")
+
+
 def print_cut(path, reason):
     print(f"note: {one_line(path, longest=1000)} seems to be cut off: {reason}", file=sys.stderr)
 
@@ -283,6 +303,13 @@ def has_more(file, descriptor):
     if file.format == "OGG" and 0 < left <= TAIL_BYTES:
         return b"OggS" in os.pread(descriptor, left, os.lseek(descriptor, 0, os.SEEK_CUR))
     return left > TAIL_BYTES
+
+
+def lacks_end(descriptor):
+    """Return whether the last page of an Ogg file is not marked as the end of its sound (RFC 3533)."""
+    end = os.pread(descriptor, OGG_PAGE, max(os.fstat(descriptor).st_size - OGG_PAGE, 0))
+    page = end.rfind(b"OggS")
+    return page >= 0 and not int.from_bytes(end[page + 5 : page + 6]) & 4
 
 
 def bytes_left(descriptor):
@@ -309,37 +336,66 @@ def headerless_blocks(file, descriptor, first_byte, n_read):
 
 
 @contextlib.contextmanager
-def open_with_ffmpeg(path, reason):
+def open_with_ffmpeg(path, reason, rate=None):
     """Open a file that soundfile can't read as (rate in Hz, channels, blocks of samples (n, channels) int16).
 
+    rate: in Hz, instead of the file's own.
     UserError with soundfile's own reason if there is no ffmpeg, or if it can't decode the file either.
     """
     refusal = f"{path} can't be decoded as audio ({reason}): convert it to WAV"
     if not shutil.which("ffmpeg"):
         raise UserError(f"{refusal}, or install ffmpeg for more formats")
     # Formats that name other files, such as playlists, are left out, and so is the network.
-    command = ["ffmpeg", "-nostdin", "-v", "quiet", "-protocol_whitelist", "file", "-format_whitelist", FFMPEG_INPUTS]
-    command += ["-i", f"file:{path}", "-vn", "-c:a", "pcm_s16be", "-f", "au", "-"]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+    command = ["ffmpeg", "-nostdin", "-nostats", "-protocol_whitelist", "file", "-format_whitelist", FFMPEG_INPUTS]
+    command += [
+        "-i",
+        f"file:{path}",
+        "-vn",
+        "-c:a",
+        "pcm_s16be",
+        *(["-ar", str(rate)] if rate else []),
+        "-f",
+        "au",
+        "-",
+    ]
+    pipe, said = subprocess.PIPE, []
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
+        listener = threading.Thread(target=keep_lines, args=(process.stderr, said))
+        listener.start()
         try:
             header = read_or_fail(process, 24)  # of Sun's AU format: big-endian, and it needs no length
             if len(header) < 24:
                 raise UserError(f"{refusal} (ffmpeg finds no sound in it either)")
             _, samples_at, _, _, rate, channels = struct.unpack(">6I", header)
             read_or_fail(process, samples_at - 24)
-            yield rate, channels, ffmpeg_blocks(process, channels)
+            yield rate, channels, ffmpeg_blocks(path, process, rate, channels, said)
         finally:
             process.kill()
+            listener.join()
 
 
-def ffmpeg_blocks(process, channels):
-    """Yield blocks of samples, (n, channels) int16, from a running ffmpeg."""
-    sample_bytes = 2 * channels
+def keep_lines(stream, kept):
+    """Append to `kept` the lines of ffmpeg that speak of a file's length or damage, as it prints them."""
+    for line in stream:
+        if len(kept) < MAX_LINES and (FFMPEG_LENGTH.search(line) or FFMPEG_CUT.search(line)):
+            kept.append(line)
+
+
+def ffmpeg_blocks(path, process, rate, channels, said):
+    """Yield blocks of samples, (n, channels) int16, from a running ffmpeg, whose lines are in `said`."""
+    sample_bytes, n_read = 2 * channels, 0
     while part := read_or_fail(process, BLOCK_SAMPLES * sample_bytes):
         whole = len(part) // sample_bytes * sample_bytes
         yield np.frombuffer(part[:whole], ">i2").astype(np.int16).reshape(-1, channels)
+        n_read += len(part) // sample_bytes
     if process.wait():
         raise OSError(f"ffmpeg ended with status {process.returncode}")
+    times = [match.groups() for line in said if (match := FFMPEG_LENGTH.search(line))]
+    seconds = np.dot([3600, 60, 1], np.array(times[0], int)) if times else 0
+    if n_read < CUT * seconds * rate:
+        print_cut(path, f"it ends after {n_read / rate:.1f} of {seconds} s")
+    elif any(map(FFMPEG_CUT.search, said)):
+        print_cut(path, f"what ffmpeg finds after {n_read / rate:.1f} s is not whole")
 
 
 def read_or_fail(process, size):
@@ -391,10 +447,10 @@ def to_mono(samples):
     with np.errstate(all="ignore"):  # `checked` looks for NaN
         # A product: six times as fast as mean().
         mono = samples.astype(np.float32, copy=False) @ np.full(n_channels, 1 / n_channels / full_scale, np.float32)
-        if n_channels > 1:  # by the range, as an offset of the converter does not cancel
-            ranges = samples.max(axis=0).astype(np.float32) - samples.min(axis=0)  # (n_channels,)
-            if np.ptp(mono) * full_scale * n_channels < OPPOSITE * ranges.max():
-                mono = samples[:, ranges.argmax()].astype(np.float32) / np.float32(full_scale)
+        if n_channels > 1:  # by the variance, as an offset of the converter or one click does not cancel
+            covariance = np.cov(samples, rowvar=False, bias=True)  # (n_channels, n_channels)
+            if covariance.sum() < OPPOSITE**2 * covariance.diagonal().max():
+                mono = samples[:, covariance.diagonal().argmax()].astype(np.float32) / np.float32(full_scale)
     return mono
 
 

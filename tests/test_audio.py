@@ -409,7 +409,8 @@ def write_mp3_without_table(path):
 
 
 def write_twice(path):
-    path.write_bytes(2 * write(path, sounds(4 * RATE, RATE)["noise"]).read_bytes())
+    options = {"rate": 24_000, "format": "OGG", "subtype": "OPUS"} if path.suffix == ".opus" else {"rate": RATE}
+    path.write_bytes(2 * write(path, sounds(4 * options["rate"], RATE)["noise"], **options).read_bytes())
 
 
 def cut_header_of_wav(path, subtype, channels, length):
@@ -425,7 +426,12 @@ def cut_header_of_wav(path, subtype, channels, length):
 @pytest.mark.parametrize("with_ffmpeg", [pytest.param(True, marks=needs_ffmpeg), False])
 @pytest.mark.parametrize(
     ("name", "make", "seconds"),
-    [("a.mp3", write_mp3_without_table, 30), ("b.mp3", write_twice, 8), ("a.ogg", write_twice, 8)],
+    [
+        ("a.mp3", write_mp3_without_table, 30),
+        ("b.mp3", write_twice, 8),
+        ("a.ogg", write_twice, 8),
+        ("a.opus", write_twice, 8),
+    ],
 )
 def test_sound_behind_what_libsndfile_reads_is_read_or_refused(name, make, seconds, with_ffmpeg, tmp_path, monkeypatch):
     make(tmp_path / name)
@@ -452,7 +458,7 @@ def test_chunks_behind_the_sound_are_no_sound(tmp_path):
     assert len(read_audio(path, RATE)) == 5001
 
 
-@pytest.mark.parametrize("file_format", ["wav", "aiff", "rf64", "au"])
+@pytest.mark.parametrize("file_format", ["wav", "aiff", "rf64", "au", "caf"])
 def test_files_joined_by_cat_are_refused(file_format, tmp_path):
     path = write(tmp_path / f"a.{file_format}", sounds(5000, RATE)["tone"])
     path.write_bytes(2 * path.read_bytes())
@@ -460,7 +466,7 @@ def test_files_joined_by_cat_are_refused(file_format, tmp_path):
         read_audio(path, RATE)
 
 
-@pytest.mark.parametrize("file_format", ["wav", "aiff", "mp3", "rf64", "au", "w64"])
+@pytest.mark.parametrize("file_format", ["wav", "aiff", "mp3", "rf64", "au", "w64", "ogg"])
 def test_file_that_ends_before_its_headers_length_is_noted(file_format, tmp_path, capfd):
     path = write(tmp_path / f"a.{file_format}", sounds(10 * RATE, RATE)["noise"])
     read_audio(path, RATE)
@@ -470,11 +476,39 @@ def test_file_that_ends_before_its_headers_length_is_noted(file_format, tmp_path
     assert f"note: {path} seems to be cut off: it" in capfd.readouterr().err
 
 
+@needs_ffmpeg
+@pytest.mark.parametrize("file_format", ["m4a", "flv", "mkv", "wv"])
+def test_file_for_ffmpeg_is_noted_where_cut_and_refused_where_joined(file_format, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("PATH", FFMPEG_FOLDER)
+    wav = write(tmp_path / "a.wav", sounds(10 * RATE, RATE)["noise"])
+    path = tmp_path / f"a.{file_format}"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", wav, "-movflags", "faststart", path], check=True)
+    assert len(read_audio(path, RATE)) / RATE == pytest.approx(10, abs=0.1)
+    assert "note" not in capfd.readouterr().err
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert len(read_audio(path, RATE)) / RATE == pytest.approx(5, abs=1)
+    assert f"note: {path} seems to be cut off: " in capfd.readouterr().err
+    path.write_bytes(2 * whole)
+    if file_format == "mkv":  # ffmpeg reads both
+        assert len(read_audio(path, RATE)) / RATE == pytest.approx(20, abs=0.2)
+    else:
+        with pytest.raises(UserError, match="is two files, one behind the other"):
+            read_audio(path, RATE)
+
+
 @pytest.mark.parametrize(("second", "offset"), [(-1, 0), (-0.95, 0), (-1, 0.25), (-1, -0.25)])
 def test_channels_that_cancel_each_other_are_the_loudest_of_them(second, offset, tmp_path):
     tone = sounds(RATE, RATE)["tone"]
     path = write(tmp_path / "a.wav", np.stack([tone, second * tone], axis=1) + np.float32(offset), subtype="FLOAT")
     assert np.array_equal(read_audio(path, RATE), tone + np.float32(offset))
+
+
+def test_channels_that_cancel_but_for_a_click_in_both_are_the_loudest_of_them(tmp_path):
+    kinds = sounds(RATE, RATE)
+    first, second = 0.3 * kinds["tone"] + kinds["click"] / 2, -0.29 * kinds["tone"] + kinds["click"] / 2
+    path = write(tmp_path / "a.wav", np.stack([first, second], axis=1), subtype="FLOAT")
+    assert np.array_equal(read_audio(path, RATE), first)
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(1, 1), (999, 2), (2_000_000, 1), (RATE, 65), (RATE, 1024)])
