@@ -73,7 +73,7 @@ def parse_args():
     add("--results_dir", metavar="DIR", help="predictions, and the report (default: results/ in the assets)")
     add("--processed_dir", metavar="DIR", help="folder of clips.csv (default: data/ in the assets)")
     add("--compare", nargs=2, type=utils.home_path, metavar=("A", "B"), help="two results folders to compare")
-    add("--output", type=utils.home_path, metavar="FILE", help="also write the comparison to this file")
+    add("--output", metavar="FILE", help="also write the comparison to this file")
     args = parser.parse_args()
     if args.output and not args.compare:
         parser.error("--output needs --compare; the report is written into the results folder")
@@ -91,9 +91,10 @@ def main():
     text, _ = compare(*args.compare, paths.processed)
     print(text, end="")
     if args.output:
-        with utils.atomic_write(args.output, "w") as file:
+        path = utils.output_path(args.output, "comparison.md")
+        with utils.atomic_write(path, "w") as file:
             file.write(text)
-        print(f"\nwrote {args.output}")
+        print(f"\nwrote {path}")
 
 
 if __name__ == "__main__":

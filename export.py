@@ -69,12 +69,12 @@ def parse_args():
     add = parser.add_argument
     add("--fold_num", type=utils.fold_or_word, metavar="N", help="0-indexed fold whose model is written, or none")
     add("--model_dir", metavar="DIR", help="a folder, a .safetensors file, or hf://owner/name (default: models/)")
-    add("--output", type=utils.home_path, metavar="FILE", help="default: the model's name with .onnx, here")
+    add("--output", default="", metavar="FILE", help="default: the model's name with .onnx, here")
     return parser.parse_args()
 
 
-def write_onnx(path, model):
-    """Write a TorchClassifier of one network as an .onnx file with its metadata, atomically."""
+def onnx_bytes(model):
+    """Return the contents of the .onnx file, with its metadata, of a TorchClassifier of one network."""
     onnx = utils.need("onnx", "the export")
     utils.need("onnxscript", "the export")
     module = SoundToProbabilities(model.networks[0], model.info, model.audio).eval()
@@ -96,8 +96,7 @@ def write_onnx(path, model):
         )
         graph = onnx.load(file)
     onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in model.info.items()})
-    with utils.atomic_write(path) as output:
-        output.write(graph.SerializeToString())
+    return graph.SerializeToString()
 
 
 def largest_difference(one, other):
@@ -119,12 +118,16 @@ def main():
         paths = [READY_MODEL.with_suffix(".safetensors")]
     if len(paths) > 1 or paths[0].suffix == ".onnx":
         raise UserError(f"{paths[0]}: name one .safetensors file with --model_dir, or one fold with --fold_num")
-    model, output = TorchClassifier(paths), args.output or Path(paths[0].with_suffix(".onnx").name)
-    write_onnx(output, model)
-    difference = largest_difference(model, OnnxClassifier(output))
+    model, output = TorchClassifier(paths), utils.output_path(args.output, paths[0].with_suffix(".onnx").name)
+    content = onnx_bytes(model)
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / "model.onnx"
+        draft.write_bytes(content)
+        difference = largest_difference(model, OnnxClassifier(draft))
     if not difference <= TOLERANCE:  # nor is NaN
-        output.unlink()
-        raise UserError(f"the .onnx file's probabilities are up to {difference:.2g} off, over {TOLERANCE}: not kept")
+        raise UserError(f"the .onnx file's probabilities are up to {difference:.2g} off, over {TOLERANCE}: not written")
+    with utils.atomic_write(output) as file:
+        file.write(content)
     within = f"on {CHECKS} sounds its probabilities are within {difference:.1e} of {paths[0].name}'s"
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB; {within}")
 

@@ -196,13 +196,6 @@ def file_names(recordings):
     return names
 
 
-def output_path(path, name, is_one_of_many):
-    """Return the file that a flag's path stands for: `name` in it, if it is a folder or has to be one."""
-    file = utils.home_path(path)
-    is_folder = is_one_of_many or path.endswith(("/", os.sep)) or file.is_dir()
-    return file / name if is_folder else file
-
-
 def main():
     args = parse_args()
     utils.keep_freed_memory()  # features and network take less than half the time over a long recording
@@ -221,7 +214,7 @@ def main():
     try:
         for recording, name in zip(recordings, file_names(recordings), strict=True):
             flags = {flag: path for flag in OUTPUTS if (path := getattr(args, flag))}
-            outputs = {flag: output_path(path, name + OUTPUTS[flag], many) for flag, path in flags.items()}
+            outputs = {flag: utils.output_path(path, name + OUTPUTS[flag], many) for flag, path in flags.items()}
             try:
                 timelines[str(recording)] = predict_file(recording, model, args, outputs)
             except UserError as error:
@@ -232,7 +225,7 @@ def main():
                     print()
     finally:  # also after Ctrl-C or an error, with what is done
         if args.csv:
-            answers.save_csv(output_path(args.csv, "timelines.csv", False), timelines)
+            answers.save_csv(utils.output_path(args.csv, "timelines.csv"), timelines)
     if failures and many:
         failures.insert(0, f"{len(failures)} of {len(recordings)} recordings can't be predicted:")
     if failures:

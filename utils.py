@@ -164,6 +164,12 @@ def folder(flag, assets_dir, below):
     return home_path(flag) if flag else Path(assets_dir) / home_path(below)
 
 
+def output_path(text, name, is_folder=False):
+    """Return the file that a flag's path stands for: `name` in it, if it is a folder or has to be one."""
+    path = home_path(text)
+    return path / name if is_folder or text.endswith(("/", os.sep)) or path.is_dir() else path
+
+
 def run_folders(args):
     """Return a run's folders, .processed, .checkpoints, .models and .results, by its flags or else by config.py."""
     return SimpleNamespace(

@@ -18,8 +18,9 @@ def data_card(folder, repo_id):
     """Return the card of a data set repository, Markdown below a YAML header, for the processed files in a folder."""
     info = data_loader.read_info(folder)
     clips = data_loader.read_clip_table(folder / "clips.csv")
-    counts = pd.crosstab(clips["class"], clips["fold"], margins=True, margins_name="all")  # (classes + 1, folds + 1)
-    header = ["class", *(f"fold {fold}" for fold in counts.columns[:-1]), "all"]
+    counts = pd.crosstab(clips["class"], clips["fold"])  # (classes, folds)
+    header = ["class", *(f"fold {fold}" for fold in counts), "all"]
+    counts["all"] = counts.sum(axis=1)
     return _fill(
         "data_card.md",
         clips["slice_file_name"],
@@ -30,7 +31,7 @@ def data_card(folder, repo_id):
         dtype=tables.escape(info["audio"]["feature_dtype"]),
         repo_id=repo_id,
         settings=_settings_table(info["audio"]),
-        counts=tables.table(header, counts.itertuples(name=None)),
+        counts=tables.table(header, [*counts.itertuples(name=None), ("all", *counts.sum())]),
     )
 
 

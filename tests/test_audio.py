@@ -525,6 +525,9 @@ def test_playlist_that_names_a_file_is_refused(tmp_path, monkeypatch):
     playlists = {
         "hls.wav": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:{tmp_path}/secret.wav\n",  # without its end
         "concat.wav": "ffconcat version 1.0\nfile secret.wav\n",
+        "sdp.wav": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=a\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 9 RTP/AVP 0\n",
+        "dash.wav": '<?xml version="1.0"?>\n<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period>'
+        "<AdaptationSet><Representation><BaseURL>secret.wav</BaseURL></Representation></AdaptationSet></Period></MPD>",
     }
     for name, text in playlists.items():
         (tmp_path / name).write_text(text)

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -475,6 +476,14 @@ def test_remove_folds_removes_theirs_alone(paths):
     assert done_folds(run_of(paths)) == [0]
     checkpoint.remove_folds(paths, [0, 1, 5], {**SETTINGS, "epochs": 9})
     assert files(paths.checkpoints) == files(paths.models) == files(paths.results) == []
+
+
+def test_remove_folds_of_a_fold_on_another_disk_removes_the_link_alone(paths, tmp_path):
+    link = checkpoint.fold_dir(paths.checkpoints, 1)
+    shutil.move(link, tmp_path / "other_disk")
+    link.symlink_to(tmp_path / "other_disk")
+    checkpoint.remove_folds(paths, [1], SETTINGS)
+    assert not link.is_symlink() and list((tmp_path / "other_disk").iterdir())
 
 
 def test_remove_folds_beside_different_settings_removes_nothing(paths):

@@ -80,6 +80,7 @@ def test_table_is_read_as_it_stands(tmp_path, content):
             "line 5: class 'classID' is no name of a class",
         ),  # a column of the predictions
         (b"a" + b"," * 2000, "over 1000 columns"),
+        (b"a" * 70_000 + b"\n1\n", "over .* 65536 bytes"),
         (changed(4, "slice_file_name", ROWS[0][0]), "line 4: slice_file_name '100-0-0-0.wav' is listed already"),
         (changed(2, "slice_file_name", "../../etc/passwd"), "'../../etc/passwd' is no path within the folder"),
         (changed(2, "slice_file_name", "a\0.wav"), r"line 2: slice_file_name 'a\?.wav' is no path within the folder"),

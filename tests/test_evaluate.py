@@ -85,8 +85,8 @@ def test_command_reports_whatever_matplotlibrc_says(rc, tmp_path, run_script):
 
 def test_command_compares_and_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)
-    output = tmp_path / "comparison.md"
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--compare", str(a), str(b), "--output", str(output)])
+    output = tmp_path / "new" / "comparison.md"
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--compare", str(a), str(b), "--output", f"{output.parent}/"])
     evaluate.main()
     text = output.read_text(encoding="utf-8")
     assert "McNemar" in text and capsys.readouterr().out.startswith(text)

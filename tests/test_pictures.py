@@ -55,7 +55,7 @@ def colours(path):
 # --- The report --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("class_names", [["a_b", "$x$", "50 %", "a\nb"], [f"class {k}" for k in range(25)]])
+@pytest.mark.parametrize("class_names", [["a_b", "$x$", "50 %", "a\nb", "𓃠"], [f"class {k}" for k in range(25)]])
 def test_any_classes_can_be_drawn(tmp_path, class_names):
     values, paths = results(class_names), [tmp_path / "matrix.png", tmp_path / "classes.png"]
     for path, draw in zip(paths, (pictures.draw_confusion_matrix, pictures.draw_classes), strict=True):

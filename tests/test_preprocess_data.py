@@ -179,6 +179,26 @@ def test_users_own_folder_in_the_output_folder_stays(dataset, preprocess, tmp_pa
     assert (tmp_path / "processed" / "fetching" / "mine.txt").is_file()
 
 
+def test_clip_is_read_no_further_than_its_length(tmp_path):
+    """Hours of FLAC as a clip cost a second: what lies behind 4 s, damaged here, is not decoded."""
+    path, rate = tmp_path / "a.flac", AudioSettings().sample_rate
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 80 * rate), rate)
+    whole = preprocess_data.cut_recording(path, None, AudioSettings())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match="can't be decoded"):
+        read_audio(path, rate)
+    ((_, _, features),) = preprocess_data.cut_recording(path, None, AudioSettings())
+    assert np.array_equal(features, whole[0][2])
+
+
+def test_data_set_is_no_folder_for_the_output(dataset, preprocess):
+    folder, _ = dataset(1)
+    (folder / "clips.csv").write_text("mine")
+    refused = "is the data set itself: name another folder with --output_dir"
+    preprocess(folder, "--output_dir", str(folder), refused=refused)
+    assert (folder / "clips.csv").read_text() == "mine"
+
+
 def test_second_run_has_nothing_to_do_and_reads_no_clip(miniature, processed, tmp_path, preprocess):
     shutil.copytree(processed[0], tmp_path / "processed")
     shutil.copytree(miniature / "metadata", tmp_path / "UrbanSound8K" / "metadata")  # the clips are not even there

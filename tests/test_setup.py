@@ -333,6 +333,13 @@ def test_scripts_keep_lf_line_ends_in_every_clone(world):
     assert done.stdout.split("\n")[:-1] == [f"{name}: eol: lf" for name in (*SCRIPTS, ".ci/run")]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_started_by_sh_run_in_bash(world, script):
+    command = ["/bin/sh", world.project / script, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(world.root / "bin"), "HOME": "/"})
+    assert (done.returncode, done.stderr) == (0, "") and script in done.stdout
+
+
 # --- 02_demo.sh, 03_test.sh, .ci/run --------------------------------------------------------------------------------
 
 
