@@ -86,7 +86,7 @@ def read_esc50(folder):
     columns = {"filename": "slice_file_name", "fold": "fold", "target": "classID", "category": "class"}
     clips = read_table(path, [*columns, "src_file"]).rename(columns=columns)
     clips["recording"] = clips["group"] = clips["src_file"]
-    clips = check_clips(path, clips)
+    clips = check_clips(clips)
     clips["path"] = [folder / "audio" / name for name in clips["slice_file_name"]]
     return clips
 
@@ -99,25 +99,25 @@ def read_metadata_table(folder):
     path = folder / "metadata.csv"
     rows = read_table(path, ["file_name"])
     names = rows["file_name"].str.strip()
-    check_rows(path, names, names.map(is_file_name), "is no path within the folder")
+    check_rows(names, names.map(is_file_name), "is no path within the folder")
     folders = names.map(lambda name: name.split("/")[0] if "/" in name else "")
     labels = rows["label"].str.strip() if "label" in rows else folders
-    check_rows(path, names, labels != "", "has no label")
+    check_rows(names, labels != "", "has no label")
     is_odd = folders.isin(set(labels)) & (folders != labels)
-    check_rows(path, names, ~is_odd, "is in the folder of a class that is not its label")
+    check_rows(names, ~is_odd, "is in the folder of a class that is not its label")
     clips = rows.reindex(columns=["start", "end"], fill_value="").assign(recording=names)
     start, end = (pd.to_numeric(clips[column], errors="coerce") for column in ("start", "end"))
-    check_rows(path, clips["start"], start.between(0, MAX_SECONDS) | (clips["start"] == ""), "is no time in s")
+    check_rows(clips["start"], start.between(0, MAX_SECONDS) | (clips["start"] == ""), "is no time in s")
     is_end = end.between(0, MAX_SECONDS) & (end > start.fillna(0))
-    check_rows(path, clips["end"], is_end | (clips["end"] == ""), "is no time in s after the start")
+    check_rows(clips["end"], is_end | (clips["end"] == ""), "is no time in s after the start")
     clips["class"], clips["path"] = labels, [folder / name for name in names]
     parts = names + ("@" + clips["start"]).where(clips["start"] != "", "")
-    check_rows(path, parts, ~parts.duplicated(), "is listed already")
+    check_rows(parts, ~parts.duplicated(), "is listed already")
     clips["slice_file_name"] = parts
     if "group" in rows:
         clips["group"] = rows["group"].where(rows["group"] != "", names)
     if "fold" in rows:
-        clips["fold"] = fold_numbers(path, rows["fold"])
+        clips["fold"] = fold_numbers(rows["fold"])
     return clips.reset_index(drop=True)
 
 
@@ -235,50 +235,55 @@ def coarse_shape(clip):
 
 
 def read_table(path, columns):
-    """Return a CSV file's rows as a DataFrame of text, without blank lines. UserError if it lacks one of `columns`."""
-    if not path.is_file():
-        raise UserError(f"no metadata at {path}: run python download_data.py, or name the data set's folder")
+    """Return a CSV file's rows as a DataFrame of text, without blank lines; its index says where each row stands.
+
+    UserError if it is no table, or lacks one of `columns`.
+    """
     try:
         with open(path, "rb") as file:
             header = file.readline(MAX_HEADER)
         if len(header) == MAX_HEADER or header.count(b",") > MAX_COLUMNS:
             raise ValueError(f"its first line has over {MAX_COLUMNS} columns or {MAX_HEADER} bytes")
-        options = {"keep_default_na": False, "index_col": False, "skip_blank_lines": False}  # so that lines count
-        with warnings.catch_warnings(action="error"):  # of a first row with more columns than the header
-            rows = pd.read_csv(path, dtype=object, encoding="utf-8-sig", **options)
-    except (ValueError, pd.errors.ParserWarning) as error:
+        options = {"keep_default_na": False, "skip_blank_lines": False}  # so that lines count
+        rows = pd.read_csv(path, header=None, dtype=object, encoding="utf-8-sig", **options)
+    except (OSError, ValueError) as error:  # such as not UTF-8, nothing in it, more values in a line than in the first
         reason = utils.one_line(error)
         raise UserError(f"{path} is not a table of comma-separated values in UTF-8 ({reason}): get it again") from error
-    if missing := [column for column in columns if column not in rows]:
+    header = rows.iloc[0].tolist()
+    if missing := [column for column in columns if column not in header]:
         raise UserError(f"{path} lacks the column {', '.join(missing)}: it must have {', '.join(columns)}")
+    if twice := [column for column in header if column and header.count(column) > 1]:
+        raise UserError(f"{path} has the column {utils.one_line(twice[0])} twice: remove one")
+    rows = rows.set_axis(header, axis=1).set_axis([f"{path}, line {row + 1}" for row in rows.index]).iloc[1:]
     rows = rows[(rows != "").any(axis=1)].copy()
     if rows.empty:
-        raise UserError(f"{path} lists no clips: get it again")
+        raise UserError(f"{path} has no rows: get it again")
     return rows
 
 
 def read_clip_table(path):
     """Return the rows of UrbanSound8K.csv or clips.csv as a DataFrame of those of KNOWN_COLUMNS that it has."""
-    path = Path(path)
-    return check_clips(path, read_table(path, NEEDED_COLUMNS))
+    if not Path(path).is_file():
+        raise UserError(f"no metadata at {path}: run python download_data.py, or name the data set's folder")
+    return check_clips(read_table(path, NEEDED_COLUMNS))
 
 
-def check_clips(path, clips):
+def check_clips(clips):
     """Return a table's clips, in file order: fold and classID are int64, all other columns text as in the file.
 
     UserError names the line (as an editor counts them) and what is wrong with it: a fold outside 1 to 10, a classID
     with two names, a clip listed twice, a file name that leaves its folder.
     """
     clips = known_columns(clips).copy()
-    clips["fold"] = fold_numbers(path, clips["fold"])
-    clips["classID"] = whole_numbers(path, clips["classID"])
+    clips["fold"] = fold_numbers(clips["fold"])
+    clips["classID"] = whole_numbers(clips["classID"])
     names = clips["slice_file_name"]
-    check_rows(path, names, names.map(is_file_name), "is no path within the folder")
-    check_rows(path, names, ~names.duplicated(), "is listed already")
-    check_rows(path, clips["class"], clips["class"].map(is_class_name), "is no name of a class")
+    check_rows(names, names.map(is_file_name), "is no path within the folder")
+    check_rows(names, ~names.duplicated(), "is listed already")
+    check_rows(clips["class"], clips["class"].map(is_class_name), "is no name of a class")
     for key, column in (("classID", "class"), ("class", "classID")):
         first = clips.groupby(key)[column].transform("first")
-        check_rows(path, clips[column], clips[column] == first, f"has a {key} that has a different {column} above")
+        check_rows(clips[column], clips[column] == first, f"has a {key} that has a different {column} above")
     return clips.reset_index(drop=True)
 
 
@@ -287,25 +292,24 @@ def known_columns(clips):
     return clips[[column for column in KNOWN_COLUMNS if column in clips]]
 
 
-def whole_numbers(path, column):
+def whole_numbers(column):
     """Return a column of text as int64. UserError names the line of what is none."""
-    check_rows(path, column, column.str.fullmatch(r"\s*\d{1,9}\s*"), "is not a whole number")
+    check_rows(column, column.str.fullmatch(r"\s*\d{1,9}\s*"), "is not a whole number")
     return column.astype(np.int64)
 
 
-def fold_numbers(path, column):
+def fold_numbers(column):
     """Return a column of folds, 1 to MAX_FOLDS, as int64. UserError names the line of what is none."""
-    folds = whole_numbers(path, column)
-    check_rows(path, folds, folds.between(1, utils.MAX_FOLDS), f"is outside 1 to {utils.MAX_FOLDS}")
+    folds = whole_numbers(column)
+    check_rows(folds, folds.between(1, utils.MAX_FOLDS), f"is outside 1 to {utils.MAX_FOLDS}")
     return folds
 
 
-def check_rows(path, column, is_right, fault):
-    """Raise a UserError that names the first row of a column that is not right, with its line in the file."""
-    if not is_right.all():
-        row = is_right.index[~is_right.astype(bool)][0]  # 0 is the line below the header
-        value = utils.one_line(column[row])
-        raise UserError(f"{path}, line {row + 2}: {column.name} {value!r} {fault}: correct the table")
+def check_rows(column, is_right, fault):
+    """Raise a UserError that names the first value of a column that is not right; its index says where it stands."""
+    if not np.all(is_right):
+        row = int(np.argmin(is_right))
+        raise UserError(f"{column.index[row]}: {column.name} {utils.one_line(column.iloc[row])!r} {fault}: correct it")
 
 
 def is_class_name(name):

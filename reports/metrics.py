@@ -79,11 +79,13 @@ def read_predictions(results_dir, processed_dir=None):
         tables.append(pd.DataFrame({"clip": names, "classID": class_ids, "fold": fold}, index=lines))
         probabilities.append(rows)
     tested = pd.concat(tables)
-    check_rows(tested["clip"], ~tested["clip"].duplicated(), "is tested twice: a clip counts once")
+    data_loader.check_rows(tested["clip"], ~tested["clip"].duplicated(), "is tested twice: a clip counts once")
     clips = read_clips(processed_dir, tested)
     ids = run.get("class_ids", {}) if clips is None else clips.set_index("class")["classID"].to_dict()
     columns = {ids.get(name, column): column for column, name in enumerate(class_names)}
-    check_rows(tested["classID"], tested["classID"].isin(columns), f"has no column: the columns are of {[*columns]}")
+    data_loader.check_rows(
+        tested["classID"], tested["classID"].isin(columns), f"has no column: the columns are of {[*columns]}"
+    )
     return Predictions(
         class_names=class_names,
         names=tested["clip"].tolist(),
@@ -109,41 +111,24 @@ def read_clips(processed_dir, tested):
     own = clips.loc[tested["clip"]]
     for column, values in (("classID", tested["classID"]), ("fold", tested["fold"] + 1)):
         is_own = values.to_numpy() == own[column].to_numpy()
-        check_rows(values, is_own, f"is not the clip's in {path}: these files don't belong together")
+        data_loader.check_rows(values, is_own, f"is not the clip's in {path}: these files don't belong together")
     return clips
 
 
 def read_prediction_file(path):
     """Return (class names, file names, classIDs, probabilities (clips, classes)) of one fold's file."""
-    try:
-        table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # such as not UTF-8, nothing in it, more values in a line than in the first
-        raise UserError(f"{path} can't be read as CSV ({utils.one_line(error)}): test the fold again") from error
-    header, rows = table.iloc[0].tolist(), table.iloc[1:]
-    is_unique = len(set(header)) == len(header) and all(name and name.isprintable() for name in header)
-    if header[:2] != ["slice_file_name", "classID"] or len(header) < 3 or not is_unique:
-        found = utils.one_line(", ".join(header))
-        raise UserError(f"{path}, line 1: slice_file_name, classID and the classes must be there, each once: {found}")
-    if rows.empty:
-        raise UserError(f"{path} has no clips: remove it, or test the fold again")
-    rows = rows.set_axis(header, axis=1).set_axis([f"{path}, line {row + 1}" for row in rows.index])
-    names, class_ids, texts = rows["slice_file_name"], rows["classID"], rows.iloc[:, 2:]
-    check_rows(names, names.map(str.isprintable), "is no file name")
-    check_rows(class_ids, class_ids.str.fullmatch(r"\d{1,9}"), "is not a whole number")
+    rows = data_loader.read_table(path, ["slice_file_name", "classID"])
+    names, class_ids, texts = rows.pop("slice_file_name"), data_loader.whole_numbers(rows.pop("classID")), rows
+    if texts.empty or not all(map(data_loader.is_class_name, texts)):
+        found = utils.one_line(", ".join(texts))
+        raise UserError(f"{path}, line 1: a column for each class must be there, with its name: {found}")
+    data_loader.check_rows(names, names.map(str.isprintable), "is no file name")
     values = texts.apply(pd.to_numeric, errors="coerce").to_numpy(float)  # (clips, classes); NaN is no number
     sums = np.clip(values, -1, 2).sum(axis=1)  # clipped, so that none overflows
     is_distribution = (values >= 0).all(axis=1) & (np.abs(sums - 1) <= SUM_TOLERANCE)
     shown = pd.Series(map(", ".join, texts.to_numpy()), rows.index, name="probabilities")
-    check_rows(shown, is_distribution, "must be numbers of at least 0 with the sum 1")
-    return header[2:], names.tolist(), class_ids.astype(int).tolist(), values
-
-
-def check_rows(column, is_right, fault):
-    """Raise a UserError that names the first value of a column that is not right; its index says where it stands."""
-    if not np.all(is_right):
-        row = int(np.argmin(is_right))
-        value = utils.one_line(column.iloc[row])
-        raise UserError(f"{column.index[row]}: {column.name} {value!r} {fault}; correct it, or test the fold again")
+    data_loader.check_rows(shown, is_distribution, "must be numbers of at least 0 with the sum 1")
+    return [*texts], names.tolist(), class_ids.tolist(), values
 
 
 def read_history(results_dir, fold):
@@ -156,10 +141,11 @@ def read_history(results_dir, fold):
     own = read_run(results_dir).get("files", {}).get(str(fold), {}).get("history")
     if not path.is_file() or (own and file_digest(path) != own):
         return None
-    try:
-        return pd.read_csv(path, usecols=HISTORY_COLUMNS, dtype=float)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not the history of a fold ({utils.one_line(error)}): remove the file") from error
+    texts = data_loader.read_table(path, HISTORY_COLUMNS)[HISTORY_COLUMNS]
+    history = texts.apply(pd.to_numeric, errors="coerce")
+    for name in HISTORY_COLUMNS:
+        data_loader.check_rows(texts[name], history[name].notna() | (texts[name] == ""), "is not a number")
+    return history.reset_index(drop=True)
 
 
 def read_run(results_dir):

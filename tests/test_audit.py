@@ -111,7 +111,7 @@ def test_damaged_model_and_predictions_are_findings(assets):
     model_file.model_path(assets / "models", 0).write_bytes(b"half")
     (assets / "results" / "predictions_fold_1.csv").write_text("half")
     found = findings(assets)
-    assert "model_fold_0_best.safetensors" in found and "predictions_fold_1.csv, line 1" in found
+    assert "model_fold_0_best.safetensors" in found and "predictions_fold_1.csv lacks" in found
 
 
 @pytest.mark.parametrize(

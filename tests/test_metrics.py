@@ -32,15 +32,15 @@ def cell(line, column, value):
         (cell(4, 1, "dog"), ["line 4", "'dog'", "whole number"]),
         (cell(4, 1, "3"), ["line 4", "'3'", "no column"]),
         (cell(4, 0, "a\nb.wav"), ["line 4", "'a b.wav'", "no file name"]),
-        (cell(1, 0, "file"), ["line 1", "slice_file_name"]),
-        (cell(1, 3, "siren"), ["line 1", "each once"]),
-        (cell(1, 3, "\x1b[2J"), ["line 1", "each once"]),
+        (cell(1, 0, "file"), ["lacks the column slice_file_name"]),
+        (cell(1, 3, "siren"), ["column siren twice"]),
+        (cell(1, 3, "\x1b[2J"), ["line 1", "each class"]),
         (cell(1, 3, "cat"), ["line 1", "cat", "the folds before"]),
         (cell(9, 0, "clip1_0.wav"), ["line 9", "clip1_0.wav", "twice"]),
         (lambda rows: rows[3].pop(), ["line 4", "probabilities"]),
-        (lambda rows: rows[3].append("0"), ["line 4", "CSV"]),
-        (lambda rows: rows.clear(), ["can't be read as CSV"]),
-        (lambda rows: rows.__delitem__(slice(1, None)), ["no clips"]),
+        (lambda rows: rows[3].append("0"), ["line 4", "comma-separated"]),
+        (lambda rows: rows.clear(), ["is not a table"]),
+        (lambda rows: rows.__delitem__(slice(1, None)), ["no rows"]),
     ],
 )
 def test_predictions_that_can_not_be_right_are_refused_by_file_and_line(tmp_path, change, named):
@@ -71,7 +71,7 @@ def test_other_files_in_the_folder_are_not_read(tmp_path):
         (folder / name).write_text("half a fi")
     assert metrics.read_results(folder)["folds_present"] == 1
     (folder / "predictions_fold_2.csv").mkdir()
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match=r"is not a table .*Is a directory"):
         metrics.read_results(folder)
 
 
@@ -90,7 +90,11 @@ def test_table_that_contradicts_the_predictions_is_refused(tmp_path, column, val
     ("name", "content", "named"),
     [
         ("history_fold_0.csv", "epoch,train_loss\n1,2\n", "train_accuracy"),
-        ("history_fold_0.csv", ",".join(metrics.HISTORY_COLUMNS) + "\n1,x,,,\n", "float: 'x'"),
+        (
+            "history_fold_0.csv",
+            ",".join(metrics.HISTORY_COLUMNS) + "\n1,x,,,\n",
+            "line 2: train_loss 'x' is not a number",
+        ),
         ("run.json", "[]", "does not describe a run"),
         ("run.json", '{"best_epochs": [1, 2]}', "does not describe a run"),
         ("run.json", '{"best_epochs": {"0": "2"}}', "does not describe a run"),
