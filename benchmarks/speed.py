@@ -43,18 +43,19 @@ from model import AudioCNN, build_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 AUDIO = AudioSettings()
-CPU = torch.device("cpu")
-SPAWN = multiprocessing.get_context("spawn")  # processes that share nothing
 TURNS = 5  # of ours and the reference
-CLIPS_PER_TURN = 256
-CLIPS_PER_TASK = 8  # clips that a worker process takes at once
+CLIPS = 32  # that one process preprocesses in a turn; all together take 8 times as many
 STEPS = 12  # training steps per turn
 EPOCH_CLIPS = 960  # training clips of the epochs that are timed: 30 whole batches
 FULL_SIZE = 8_732  # clips of UrbanSound8K
 CLIP_RATE = 44_100  # Hz; stereo, 16 bit
-
-
-# --- Timing ------------------------------------------------------------------------------------------------------
+# A small process between: Linux counts the memory of the process that starts another to that one's peak.
+PEAK = """
+import resource, subprocess, sys
+status = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
 
 
 def median_times(*functions):
@@ -69,43 +70,34 @@ def median_times(*functions):
     return [statistics.median(seconds) for seconds in times]
 
 
-# A small process between: Linux counts the memory of the process that starts another to that one's peak.
-PEAK = """
-import resource, subprocess, sys
-status = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL).returncode
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-sys.exit(status)
-"""
-
-
-def run_command(*command):
+def run_python(*arguments):
     """Run Python with these arguments, from the root; return its peak memory in bytes. UserError if it fails."""
-    command = [sys.executable, "-c", PEAK, *map(str, command)]
+    command = [sys.executable, "-c", PEAK, *map(str, arguments)]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise utils.UserError(f"python {' '.join(command[3:])} failed: see its message above")
     return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
+def row(what, reference, ours, theirs, goal="", unit="ms"):
+    """Return a line of the table. Its ratio is theirs / ours (times faster), but ours / theirs for a goal with ≤."""
+    ratio = ours / theirs if goal.startswith("≤") else theirs / ours
+    ours, theirs = (f"{value:,.{0 if value >= 100 else 2}f} {unit}" for value in (ours, theirs))
+    return f"| {what} | {reference} | {ours} | {theirs} | {ratio:.2f} | {goal} |"
+
+
 # --- Synthetic data ----------------------------------------------------------------------------------------------
-
-
-def clip_table(folds):
-    """Return the metadata of clips of ten classes, a DataFrame. folds: (clips,) 1 to 10."""
-    index = np.arange(len(folds))
-    columns = {"slice_file_name": [f"{i}.wav" for i in index], "fsID": index, "start": 0, "end": 4, "salience": 1}
-    classes = {"fold": folds, "classID": index % 10, "class": [f"class {i % 10}" for i in index]}
-    return pd.DataFrame({**columns, **classes})
 
 
 def write_random_data(folder, clips_per_fold):
     """Write the processed files of clips of noise; return their Processed. clips_per_fold: clips of fold 1, 2, ..."""
     folds = np.repeat(np.arange(1, len(clips_per_fold) + 1), clips_per_fold)
+    index = np.arange(len(folds))
+    columns = {"slice_file_name": [f"{i}.wav" for i in index], "fsID": index, "start": 0, "end": 4, "salience": 1}
+    classes = {"fold": folds, "classID": index % 10, "class": [f"class {i % 10}" for i in index]}
     rng = np.random.default_rng(0)
-    features = np.empty((len(folds), *AUDIO.shape), AUDIO.feature_dtype)
-    for start in range(0, len(features), 100):  # little memory beside the features themselves
-        features[start : start + 100] = rng.normal(-40, 10, features[start : start + 100].shape)
-    data_loader.save_processed(folder, features, clip_table(folds), AUDIO, "random")
+    features = rng.integers(-60, -20, (len(folds), *AUDIO.shape), np.int8).astype(AUDIO.feature_dtype)
+    data_loader.save_processed(folder, features, pd.DataFrame({**columns, **classes}), AUDIO, "random")
     return data_loader.load_processed(folder)
 
 
@@ -116,16 +108,18 @@ def write_clip(folder):
     return folder / "clip.wav"
 
 
+def random_examples(n_clips, n_frames=AUDIO.n_frames):
+    """Return noise as a training batch: features (n_clips, n_mels, n_frames) in dB, one-hot targets (n_clips, 10)."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(n_clips, AUDIO.n_mels, n_frames, generator=generator)
+    return features * 10 - 40, torch.eye(10)[torch.arange(n_clips) % 10]
+
+
 # --- Preprocessing -----------------------------------------------------------------------------------------------
 
 
-def our_clip(path):
-    """Return the log-mel of a clip, (n_mels, n_frames), as preprocess_data.py makes it."""
-    return clip_features(read_audio(path, AUDIO.sample_rate), AUDIO)
-
-
 def librosa_clip(path):
-    """Return the same by librosa, as most projects do."""
+    """Return the log-mel of a clip, (n_mels, n_frames), by librosa, as most projects do."""
     import librosa
 
     samples, rate = librosa.load(path, sr=AUDIO.sample_rate)
@@ -153,24 +147,28 @@ def torchaudio_clip(path):
     return torchaudio_transforms(rate)(torch.from_numpy(samples.mean(axis=1))).numpy()  # (n_mels, frames)
 
 
-def benchmark_preprocess(folder):
-    """Yield rows: milliseconds a clip, by one process each and by all cores together."""
-    paths = [write_clip(folder)] * CLIPS_PER_TURN
-    few = paths[: CLIPS_PER_TURN // 8]
-    torch.set_num_threads(1)  # of torchaudio: one core each
-    with concurrent.futures.ProcessPoolExecutor(config.WORKERS, SPAWN, utils.keep_freed_memory) as pool:
-        *each, together = median_times(
-            lambda: [librosa_clip(path) for path in few],
-            lambda: [torchaudio_clip(path) for path in few],
-            lambda: [our_clip(path) for path in few],
-            lambda: list(pool.map(our_clip, paths, chunksize=CLIPS_PER_TASK)),
+def our_clip(path):
+    """Return the same as preprocess_data.py makes it."""
+    return clip_features(read_audio(path, AUDIO.sample_rate), AUDIO)
+
+
+def preprocessing(folder):
+    """Yield the rows of a clip: by processes that have started, and by one core alone."""
+    clip, spawn = write_clip(folder), multiprocessing.get_context("spawn")
+    torch.set_num_threads(1)  # of torchaudio
+    with concurrent.futures.ProcessPoolExecutor(config.WORKERS, spawn, utils.keep_freed_memory) as pool:
+        together, *alone = median_times(
+            lambda: list(pool.map(our_clip, [clip] * 8 * CLIPS, chunksize=8)),
+            lambda: [our_clip(clip) for _ in range(CLIPS)],
+            lambda: [librosa_clip(clip) for _ in range(CLIPS)],
+            lambda: [torchaudio_clip(clip) for _ in range(CLIPS)],
         )
     torch.set_num_threads(config.WORKERS)
-    by_librosa, by_torchaudio, alone = (1e3 * seconds / len(few) for seconds in each)
-    together = 1e3 * together / len(paths)
+    together = 1e3 * together / (8 * CLIPS)
+    ours, by_librosa, by_torchaudio = (1e3 * seconds / CLIPS for seconds in alone)
     yield row(f"preprocess a clip, {config.WORKERS} processes", "librosa, one process", together, by_librosa, "≥ 5 ×")
-    yield row("the same, one process", "librosa, one process", alone, by_librosa)
-    yield row("the same, one process", "torchaudio's MelSpectrogram, one process", alone, by_torchaudio)
+    yield row("the same, one process", "librosa, one process", ours, by_librosa)
+    yield row("the same, one process", "torchaudio's MelSpectrogram, one process", ours, by_torchaudio)
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -187,13 +185,6 @@ class PlainCNN(AudioCNN):
 
     def normalise(self, features):
         return ((features - self.band_mean[:, None]) / self.band_std[:, None]).unsqueeze(1)  # (B, 1, n_mels, frames)
-
-
-def random_examples(n_clips, n_frames=AUDIO.n_frames):
-    """Return noise as a training batch: features (n_clips, n_mels, n_frames) in dB, one-hot targets (n_clips, 10)."""
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(n_clips, AUDIO.n_mels, n_frames, generator=generator)
-    return features * 10 - 40, torch.eye(10)[torch.arange(n_clips) % 10]
 
 
 def plain_loop(network, features, targets):
@@ -217,22 +208,23 @@ def our_steps(network, settings, features, targets):
         train.train_step(network, optimizer, features[batch], targets[batch], settings)
 
 
-def benchmark_step(settings):
-    """Yield a row: a training step on whole clips against the plain loop."""
+def training_step(folder):
+    """Yield the row of a training step on whole clips."""
+    settings = train.training_settings(SimpleNamespace(model="AudioCNN"), write_random_data(folder, [10, 10]))
+    ours = build_model(settings, 10, AUDIO)
     plain = PlainCNN(10, AUDIO.n_mels, config.BLOCK_DROPOUT, config.HEAD_DROPOUT)
-    network = build_model({**settings, "model": "AudioCNN"}, 10, AUDIO)
     examples = random_examples(config.BATCH_SIZE * STEPS)
-    times = median_times(lambda: plain_loop(plain, *examples), lambda: our_steps(network, settings, *examples))
-    theirs, ours = (1e3 * seconds / len(examples[0]) for seconds in times)
-    yield row(f"AudioCNN: a training step, an example of {AUDIO.n_frames} frames", "plain loop", ours, theirs, "≥ 5 ×")
+    seconds = median_times(lambda: our_steps(ours, settings, *examples), lambda: plain_loop(plain, *examples))
+    ours, theirs = (1e3 * value / len(examples[0]) for value in seconds)
+    what = f"AudioCNN: a training step, an example of {AUDIO.n_frames} frames"
+    yield row(what, "plain loop", ours, theirs, "≥ 5 ×")
 
 
 def make_fold(folder, data, **changed):
     """Return (fold, run): fold 0 of `data` and its run in a folder, with settings changed from config.py's."""
     settings = train.training_settings(SimpleNamespace(validation="none", **changed), data)
-    paths = SimpleNamespace(checkpoints=folder / "checkpoints", models=folder / "models", results=folder / "results")
-    run = checkpoint.Run(paths, settings, [0])
-    return train.make_fold(0, data, torch.from_numpy(data.features), settings, run, CPU), run
+    run = checkpoint.Run(utils.run_folders(SimpleNamespace(assets_dir=folder)), settings, [0])
+    return train.make_fold(0, data, torch.from_numpy(data.features), settings, run, torch.device("cpu")), run
 
 
 def one_epoch(fold, run):
@@ -243,85 +235,61 @@ def one_epoch(fold, run):
         train.train_fold(fold, {**run.settings, "epochs": epoch}, run, no_services)
 
 
-def benchmark_epoch(folder, data):
-    """Yield rows: whole epochs of train.py against their steps alone, and against plain blocks."""
+def epoch(folder):
+    """Yield the rows of an epoch: what augmentation and checkpoint add to its steps, and what kernels.py gains."""
+    data = write_random_data(folder, [20, EPOCH_CLIPS])
     fold, run = make_fold(folder / "fast", data)
     plain = make_fold(folder / "plain", data, fast_blocks=False)
-    n_clips, n_frames = len(fold.training), augment.crop_length(AUDIO.n_frames, run.settings)
-    examples = random_examples(n_clips, n_frames)
-    functions = {
-        "epoch": lambda: one_epoch(fold, run),
-        "steps": lambda: our_steps(fold.network, run.settings, *examples),
-        "plain": lambda: one_epoch(*plain),
-    }
-    times = [1e3 * seconds / n_clips for seconds in median_times(*functions.values())]
-    times = dict(zip(functions, times, strict=True))
-    what = f"{config.MODEL}: a whole epoch, an example of {n_frames} frames"
-    yield row(what, "its steps alone", times["epoch"], times["steps"], "≤ 1.08 ×", faster=False)
-    yield row(what, "the same with FAST_BLOCKS = False", times["epoch"], times["plain"])
+    examples = random_examples(EPOCH_CLIPS, augment.crop_length(AUDIO.n_frames, run.settings))
+    whole, steps, plain_blocks = (
+        1e3 * seconds / EPOCH_CLIPS
+        for seconds in median_times(
+            lambda: one_epoch(fold, run),
+            lambda: our_steps(fold.network, run.settings, *examples),
+            lambda: one_epoch(*plain),
+        )
+    )
+    what = f"{config.MODEL}: a whole epoch, an example of {examples[0].shape[-1]} frames"
+    yield row(what, "its steps alone", whole, steps, "≤ 1.08 ×")
+    yield row(what, "the same with FAST_BLOCKS = False", whole, plain_blocks)
 
 
-def benchmark_memory(folder):
-    """Yield a row: the peak memory of train.py at UrbanSound8K's size."""
-    # Few clips to train on: memory is that of the features and of one step, and testing is quicker.
+def memory(folder):
+    """Yield the row of train.py's peak memory on as many clips as UrbanSound8K has.
+
+    It trains on few of them: memory is that of the features and of one step, and testing is quicker.
+    """
     write_random_data(folder, [400, FULL_SIZE - 1200, 800])
-    path = folder / "features.pkl"
     flags = ["--folds", 0, "--epochs", 1, "--processed_dir", folder, "--assets_dir", folder / "assets"]
-    peak, bare = run_command("train.py", *flags), run_command("-c", "import torch")
-    bound = (1.5 * path.stat().st_size + bare + 600e6) / 1e6
+    peak, bare = run_python("train.py", *flags), run_python("-c", "import torch")
+    bound = 1.5 * (folder / "features.pkl").stat().st_size + bare + 600e6  # bytes
     what = f"peak memory of training, {FULL_SIZE:,} clips"
-    yield row(what, "1.5 × features + import torch + 600 MB", peak / 1e6, bound, "≤ 1 ×", "MB", faster=False)
-
-
-def benchmark_train(folder):
-    data = write_random_data(folder / "data", [20, EPOCH_CLIPS])
-    yield from benchmark_step(train.training_settings(SimpleNamespace(), data))
-    yield from benchmark_epoch(folder, data)
-    yield from benchmark_memory(folder / "full")
+    yield row(what, "1.5 × features + import torch + 600 MB", peak / 1e6, bound / 1e6, "≤ 1 ×", "MB")
 
 
 # --- Prediction --------------------------------------------------------------------------------------------------
 
 
-def benchmark_predict(folder):
-    """Yield rows: predict.py as a command, by torch and by an .onnx file."""
+def prediction(folder):
+    """Yield the rows of predict.py as a command, by torch and by an .onnx file."""
     clip = write_clip(folder)
     write_random_data(folder / "data", [20, 20])
-    run_command("train.py", "--folds", 0, "--epochs", 1, "--validation", "none", "--assets_dir", folder)
+    run_python("train.py", "--folds", 0, "--epochs", 1, "--validation", "none", "--assets_dir", folder)
     ours, onnx, bare = median_times(
-        lambda: run_command("predict.py", clip, "--assets_dir", folder),
-        lambda: run_command("predict.py", clip, "--model_dir", "models/urban_sounds.onnx"),
-        lambda: run_command("-c", "import torch"),
+        lambda: run_python("predict.py", clip, "--assets_dir", folder),
+        lambda: run_python("predict.py", clip, "--model_dir", "models/urban_sounds.onnx"),
+        lambda: run_python("-c", "import torch"),
     )
     reference = "python -c 'import torch'"
-    yield row("predict.py on a 4 s clip, whole command", reference, ours, bare, "≤ 1.3 ×", "s", False)
-    yield row("the same with an .onnx file", reference, onnx, bare, "≤ 0.35 ×", "s", False)
+    yield row("predict.py on a 4 s clip, whole command", reference, ours, bare, "≤ 1.3 ×", "s")
+    yield row("the same with an .onnx file", reference, onnx, bare, "≤ 0.35 ×", "s")
 
 
-# --- The table ---------------------------------------------------------------------------------------------------
-
-STAGES = {"preprocess": benchmark_preprocess, "train": benchmark_train, "predict": benchmark_predict}
-
-
-def row(what, reference, ours, theirs, goal="", unit="ms", faster=True):
-    """Return one row of the table; its ratio is theirs / ours (how many times faster), or ours / theirs (a share)."""
-    ratio = theirs / ours if faster else ours / theirs
-    values = {"what": what, "reference": reference, "ours": ours, "theirs": theirs, "unit": unit}
-    return {**values, "ratio": ratio, "goal": goal}
-
-
-def format_row(values):
-    """Return a row as a line of a Markdown table."""
-    ours, theirs = (f"{values[key]:,.{0 if values[key] >= 100 else 2}f} {values['unit']}" for key in ("ours", "theirs"))
-    cells = values["what"], values["reference"], ours, theirs, f"{values['ratio']:.2f}", values["goal"]
-    return f"| {' | '.join(cells)} |"
-
-
-def machine():
-    """Return what the times depend on, in one line."""
-    bf16 = ", bf16" if utils.computes_in_bfloat16(CPU) else ""
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{platform.machine()}, {config.WORKERS} cores, {torch.backends.cpu.get_cpu_capability()}{bf16}, {versions}"
+STAGES = {
+    "preprocess": [preprocessing],
+    "train": [training_step, epoch, memory],
+    "predict": [prediction],
+}
 
 
 def main():
@@ -329,11 +297,14 @@ def main():
     parser.add_argument("--stage", choices=STAGES, help="one stage alone (default: all)")
     args = parser.parse_args()
     utils.keep_freed_memory()
-    print(f"{machine()}\n\n| what | reference | ours | reference's | ratio | goal |\n|---|---|---|---|---|---|")
+    instructions = torch.backends.cpu.get_cpu_capability()
+    print(f"{platform.machine()}, {config.WORKERS} cores, {instructions}, torch {torch.__version__}\n")
+    print("| what | reference | ours | reference's | ratio | goal |\n|---|---|---|---|---|---|")
     for stage in [args.stage] if args.stage else STAGES:
-        with tempfile.TemporaryDirectory() as folder:
-            for values in STAGES[stage](Path(folder)):
-                print(format_row(values), flush=True)
+        for rows in STAGES[stage]:
+            with tempfile.TemporaryDirectory() as folder:
+                for line in rows(Path(folder)):
+                    print(line, flush=True)
 
 
 if __name__ == "__main__":
