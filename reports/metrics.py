@@ -7,7 +7,6 @@ file and the line: it may have been edited, cut off, or come from elsewhere.
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ import data_loader
 import utils
 from utils import UserError, file_digest
 
-PREDICTIONS = re.compile(r"predictions_fold_(0|[1-9]\d{0,3})\.csv")
 HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
 VALIDATIONS = "next_fold", "none", "test_fold"
 MAX_NUMBER = 1e6  # of folds, epochs, a temperature
@@ -60,17 +58,17 @@ def read_predictions(results_dir, processed_dir=None):
     UserError names the file and line of what can't be right: values that are no probabilities, a clip tested twice or
     in a fold that is not its own, classes that differ between folds.
     """
-    matches = {path: PREDICTIONS.fullmatch(path.name) for path in Path(results_dir).glob("predictions_fold_*.csv")}
-    paths = {int(match[1]): path for path, match in matches.items() if match}
+    paths = {fold: Path(results_dir) / f"predictions_fold_{fold}.csv" for fold in range(utils.MAX_FOLDS)}
+    paths = {fold: path for fold, path in paths.items() if path.exists()}
     run = read_run(results_dir)
     own = run.get("files", {})
     left_out = [fold for fold in paths if own and file_digest(paths[fold]) != own.get(str(fold), {}).get("predictions")]
-    left_out = [paths.pop(fold).name for fold in sorted(left_out)]
+    left_out = [paths.pop(fold).name for fold in left_out]
     if not paths:
         what = f" of the run in run.json, but {', '.join(left_out)}" if left_out else ""
         raise UserError(f"no predictions{what} in {results_dir}: run python train.py first")
     class_names, tables, probabilities = None, [], []
-    for fold, path in sorted(paths.items()):
+    for fold, path in paths.items():
         columns, names, class_ids, rows = read_prediction_file(path)
         class_names = class_names or columns
         if columns != class_names:
@@ -155,13 +153,13 @@ def read_run(results_dir):
     try:
         json.dumps(run, allow_nan=False, ensure_ascii=False).encode()  # as results.json will hold it
         numbers = [run.get("n_folds", 1), *run.get("best_epochs", {}).values(), *run.get("temperatures", {}).values()]
-        is_right = (
-            all(type(number) in (int, float) and 0 < number <= MAX_NUMBER for number in numbers)
+        is_run = (
+            run.get("validation", "none") in VALIDATIONS
+            and isinstance(run.get("settings", {}), dict)
+            and all(type(number) in (int, float) and 0 < number <= MAX_NUMBER for number in numbers)
             and all(type(class_id) is int for class_id in run.get("class_ids", {}).values())
             and all(isinstance(digests, dict) for digests in run.get("files", {}).values())
-            and isinstance(run.get("source", ""), str)
         )
-        is_run = is_right and run.get("validation", "none") in VALIDATIONS and isinstance(run.get("settings", {}), dict)
     except (AttributeError, ValueError, RecursionError):
         is_run = False
     if not is_run:

@@ -13,7 +13,7 @@ def class_of(clip, missing):
     return clip % 3 if clip % 3 != missing else (missing + 1) % 3
 
 
-def write_run(folder, folds=(0, 1, 2), validation="next_fold", seed=0, missing=None, history=True, **run):
+def write_run(folder, folds=(0, 1, 2), validation="next_fold", seed=0, missing=None, **run):
     """Write the results of a run: 30 clips a fold, right in two of three cases; class `missing` has none."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -25,12 +25,10 @@ def write_run(folder, folds=(0, 1, 2), validation="next_fold", seed=0, missing=N
             shares = np.exp(logits) / np.exp(logits).sum()
             rows.append([f"clip{fold}_{clip}.wav", true, *(f"{share:.6f}" for share in shares)])
         write_rows(folder / f"predictions_fold_{fold}.csv", rows)
-        if history:
-            columns = ["epoch", "learning_rate"]
-            columns += ["train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
-            empty = validation == "none"
-            epochs = [[e, 0.01, 2 / e, 1 - 0.5 / e, "" if empty else 2.5 / e, "" if empty else 0.4] for e in (1, 2, 3)]
-            write_rows(folder / f"history_fold_{fold}.csv", [columns, *epochs])
+        columns = ["epoch", "learning_rate", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"]
+        empty = validation == "none"
+        epochs = [[e, 0.01, 2 / e, 1 - 0.5 / e, "" if empty else 2.5 / e, "" if empty else 0.4] for e in (1, 2, 3)]
+        write_rows(folder / f"history_fold_{fold}.csv", [columns, *epochs])
     run = {"validation": validation, "model": "AudioCNN", "best_epochs": {str(fold): 2 for fold in folds}, **run}
     (folder / "run.json").write_text(json.dumps(run))
     return folder

@@ -72,6 +72,7 @@ def test_part_of_the_folds_is_named_as_a_part(tmp_path):
 
 def test_temperature_is_in_the_report_only_if_every_fold_has_one(tmp_path):
     results, text = report(write_run(tmp_path, temperatures={"0": 2.0, "1": 0.5, "2": 1.5}))
+    assert results["confidence"]["before"]["ece"] != results["confidence"]["after"]["ece"]
     assert f"{100 * results['confidence']['after']['ece']:.1f} % with each fold's temperature (0.50 to 2.00)" in text
     assert "Not every fold here has a temperature" in report(write_run(tmp_path, temperatures={"0": 2.0}))[1]
 
