@@ -274,13 +274,10 @@ def grad_cam(network, features, targets):
         if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[3] >= MIN_COLUMNS:
             maps.append(output)
 
-    hooks = [module.register_forward_hook(keep) for module in network.children()]
-    try:
-        with torch.enable_grad():
-            logits = network(features.clone().requires_grad_())  # (B, classes)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, torch.enable_grad():
+        for module in network.children():
+            hooks.enter_context(module.register_forward_hook(keep))
+        logits = network(features.clone().requires_grad_())  # (B, classes)
     if not maps:
         raise UserError(f"Grad-CAM needs feature maps of {MIN_COLUMNS} columns, and {type(network).__name__} has none")
     (gradient,) = torch.autograd.grad(logits.gather(1, targets[:, None]).sum(), maps[-1])  # (views x B, C, H, W)
