@@ -20,6 +20,7 @@ import torch
 from numba.extending import overload
 from torch import nn
 
+THREADS = concurrent.futures.ThreadPoolExecutor(256)  # each starts when it is first needed
 NOWHERE = 255  # in `winners`: ReLU or dropout gave zero, and no gradient passes
 
 
@@ -29,34 +30,30 @@ NOWHERE = 255  # in `winners`: ReLU or dropout gave zero, and no gradient passes
 def fits(block, x):
     """Return whether `fast_block` computes what a block's own modules compute for x (B, C, height, width).
 
-    The modules must be exactly the types and options it knows: after any edit of the block the edit is what trains.
+    After its convolution, the modules must be as their types make them: after any edit, the edit is what trains.
     """
-    kinds = nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU, nn.Dropout
-    modules = list(block)
-    if [type(module) for module in modules] != list(kinds) or not modules[1].affine or any(map(is_changed, block)):
+    if [type(module) for module in block] != [nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU, nn.Dropout]:
         return False
-    convolution, norm, pool, _, dropout = modules
+    convolution, norm, pool, _, dropout = block
     size = pool.kernel_size
+    fresh = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum), nn.MaxPool2d(size), nn.ReLU()
     return (
         x.device.type == "cpu"
+        and all(map(is_same, list(block)[1:], [*fresh, nn.Dropout(dropout.p)]))
         and x.dtype in (torch.float32, torch.bfloat16)
         and convolution.weight.dtype == norm.weight.dtype == torch.float32
-        and all(module.training for module in modules)
-        and norm.track_running_stats
         and norm.momentum is not None
         and isinstance(size, tuple)
         and size[0] * size[1] < NOWHERE
         and not numba.config.DISABLE_JIT  # for debugging: the loops would take hours in Python
-        and (pool.stride, pool.padding, pool.dilation, pool.ceil_mode) == (size, 0, 1, False)
-        and not pool.return_indices
         and dropout.p < 1
     )
 
 
-def is_changed(module):
-    """Return whether a module has hooks, or a forward that is not its type's."""
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return "forward" in vars(module) or any(getattr(module, name) for name in hooks)
+def is_same(module, fresh):
+    """Return whether a module differs from a fresh one in training in its tensors alone: no option, hook or forward."""
+    tensors = {"_parameters": None, "_buffers": None}
+    return vars(module) | tensors == vars(fresh) | tensors
 
 
 def fast_block(block, x):
@@ -80,15 +77,16 @@ class NormPoolReLUDropout(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)
         images, channels, height, width = x.shape
         n = images * height * width
-        ctx.loops = loops(channels, *pool)
-        statistics, forward, *_ = ctx.loops
+        statistics, forward, *ctx.loops = loops(channels, *pool)
         shift = norm.running_mean.numpy().copy()  # near the mean, so that the variance keeps its digits
         sums = np.zeros((images, 2, channels), np.float32)
         over_images(statistics, memory(x), shift, sums)
         first, second = sums.sum(axis=0, dtype=np.float64) / n
         mean, variance = shift + first, np.maximum(second - first**2, 0)
         std = np.sqrt(variance + norm.eps)
-        note_statistics(norm, mean, variance * n / (n - 1))
+        norm.running_mean.lerp_(torch.from_numpy(mean).float(), norm.momentum)
+        norm.running_var.lerp_(torch.from_numpy(variance * n / (n - 1)).float(), norm.momentum)
+        norm.num_batches_tracked += 1
 
         share = min(round(dropout * 65536), 65535) / 65536  # of the outputs, dropped
         scale = weight.detach().numpy() / std / (1 - share)
@@ -97,7 +95,8 @@ class NormPoolReLUDropout(torch.autograd.Function):
         y = torch.empty(pooled, dtype=x.dtype).permute(0, 3, 1, 2)  # channels last
         winners = np.empty(pooled, np.uint8)
         minimum = np.int16(65536 * share - 32768)  # of the random numbers that keep an output
-        over_images(forward, memory(x), *floats(scale, offset), random_numbers(pooled), minimum, memory(y), winners)
+        random = random_numbers(pooled)
+        over_images(forward, memory(x), *np.float32([scale, offset]), random, minimum, memory(y), winners)
         ctx.save_for_backward(x)
         ctx.rest = winners, mean, std, scale, share
         return y
@@ -106,27 +105,19 @@ class NormPoolReLUDropout(torch.autograd.Function):
     def backward(ctx, gradient):
         (x,) = ctx.saved_tensors
         winners, mean, std, scale, share = ctx.rest
-        *_, gradient_sums, backward = ctx.loops
-        images, channels, height, width = x.shape
-        n = images * height * width
+        gradient_sums, backward = ctx.loops
+        n = x.numel() // x.shape[1]
         gradient = memory(gradient.contiguous(memory_format=torch.channels_last))
-        sums = np.zeros((images, 2, channels), np.float32)
-        over_images(gradient_sums, gradient, memory(x), winners, *floats(mean), sums)
+        sums = np.zeros((len(x), 2, x.shape[1]), np.float32)
+        over_images(gradient_sums, gradient, memory(x), winners, np.float32(mean), sums)
         total, projection = sums.sum(axis=0, dtype=np.float64)
         projection /= std  # sum(g * z)
         slope = -scale * projection / n / std
         offset = -scale * total / n - slope * mean
         x_gradient = torch.empty_like(x)
-        over_images(backward, gradient, memory(x), winners, *floats(scale, slope, offset), memory(x_gradient))
-        of_weight, of_bias = (torch.from_numpy(row) for row in floats(projection / (1 - share), total / (1 - share)))
+        over_images(backward, gradient, memory(x), winners, *np.float32([scale, slope, offset]), memory(x_gradient))
+        of_weight, of_bias = torch.from_numpy(np.float32([projection / (1 - share), total / (1 - share)]))
         return x_gradient, of_weight, of_bias, None, None, None
-
-
-def note_statistics(norm, mean, variance):
-    """Move a BatchNorm2d's running statistics as it does itself."""
-    norm.running_mean.lerp_(torch.from_numpy(mean).float(), norm.momentum)
-    norm.running_var.lerp_(torch.from_numpy(variance).float(), norm.momentum)
-    norm.num_batches_tracked += 1
 
 
 def random_numbers(shape):
@@ -143,10 +134,6 @@ def memory(x):
     """Return the numbers of a tensor (B, C, height, width), channels last, as they lie: (B, height, width, C)."""
     x = x.detach().permute(0, 2, 3, 1)
     return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
-
-
-def floats(*rows):
-    return [row.astype(np.float32) for row in rows]
 
 
 # --- The loops --------------------------------------------------------------------------------------------------
@@ -297,19 +284,8 @@ def loops(channels, pool_height, pool_width):
     return statistics, forward, gradient_sums, backward
 
 
-@functools.cache
-def threads(count):
-    return concurrent.futures.ThreadPoolExecutor(count)
-
-
 def over_images(kernel, *arguments):
     """Call a kernel on as many threads as torch has, each with a share of the images, the first axis of the arrays."""
-    images = len(arguments[0])
-    count = min(torch.get_num_threads(), images)
-    edges = [images * number // count for number in range(count + 1)]
-
-    def run(number):
-        share = slice(edges[number], edges[number + 1])
-        kernel(*(array[share] if isinstance(array, np.ndarray) and array.ndim > 1 else array for array in arguments))
-
-    list(threads(count).map(run, range(count)) if count > 1 else map(run, range(count)))
+    count = min(torch.get_num_threads(), len(arguments[0]))
+    shares = [np.array_split(array, count) if np.ndim(array) > 1 else [array] * count for array in arguments]
+    list(THREADS.map(kernel, *shares))
