@@ -12,6 +12,7 @@ __pycache__.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 
 import numba
@@ -144,18 +145,17 @@ def compiled(function):
 
     Where that file is damaged or the disk is full, the loop is compiled for this process alone.
     """
-    compile_it = functools.partial(numba.njit, nogil=True, fastmath={"contract"}, error_model="numpy")
-    try:
-        loop = compile_it(cache=True)(function)
-    except RuntimeError:  # "no locator available": neither __pycache__ nor the user's own cache can be written
-        return compile_it()(function)
+    compile_it = numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")
+    loop = compile_it(function)
+    with contextlib.suppress(RuntimeError):  # neither __pycache__ nor the user's own cache can be written
+        loop.enable_caching()
 
     def call(*arguments):
         nonlocal loop
         try:
             return loop(*arguments)
         except Exception:  # reading or writing the file, before the loop runs, may raise anything
-            loop = compile_it()(function)
+            loop = compile_it(function)
             return loop(*arguments)
 
     return call
