@@ -259,7 +259,8 @@ def naming(path):
 
 def temporary_path(path):
     """Return this process's temporary name for a path, and remove those that dead processes of this machine left."""
-    beginning = f"{path.name}.{platform.node()}-"
+    short = os.fsdecode(os.fsencode(path.name)[:150])  # a name has 255 bytes at most
+    beginning = f"{short}.{platform.node()[:60]}-"
     for old in path.parent.glob(f"{glob.escape(beginning)}*.tmp"):
         process_id = old.name[len(beginning) : -len(".tmp")]  # or the rest of another machine's name
         if os.name == "posix" and re.fullmatch("[0-9]{1,9}", process_id) and not is_running(int(process_id)):
