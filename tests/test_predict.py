@@ -400,8 +400,8 @@ def test_name_of_a_model_is_printed_without_its_escapes(assets, recording, run, 
 
 def test_output_in_the_home_folder_is_found_behind_an_equals_sign(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert predict.output_path("~/t.csv", "a.csv", False) == tmp_path / "t.csv"
-    assert predict.output_path("~/new/", "a.png", False) == tmp_path / "new" / "a.png"
+    assert utils.output_path("~/t.csv", "a.csv") == tmp_path / "t.csv"
+    assert utils.output_path("~/new/", "a.png") == tmp_path / "new" / "a.png"
 
 
 def test_names_of_classes_are_no_formulas(tmp_path):
