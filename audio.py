@@ -299,10 +299,8 @@ def print_cut(path, reason):
 
 def has_more(file, descriptor):
     """Return whether a compressed file goes on behind its sound: in Ogg any page does, else more than titles take."""
-    left = bytes_left(descriptor)
-    if file.format == "OGG" and 0 < left <= TAIL_BYTES:
-        return b"OggS" in os.pread(descriptor, left, os.lseek(descriptor, 0, os.SEEK_CUR))
-    return left > TAIL_BYTES
+    rest = os.pread(descriptor, TAIL_BYTES + 1, os.lseek(descriptor, 0, os.SEEK_CUR))
+    return len(rest) > TAIL_BYTES or (file.format == "OGG" and b"OggS" in rest)
 
 
 def lacks_end(descriptor):
@@ -310,11 +308,6 @@ def lacks_end(descriptor):
     end = os.pread(descriptor, OGG_PAGE, max(os.fstat(descriptor).st_size - OGG_PAGE, 0))
     page = end.rfind(b"OggS")
     return page >= 0 and not int.from_bytes(end[page + 5 : page + 6]) & 4
-
-
-def bytes_left(descriptor):
-    """Return how many bytes of an open file come after its position."""
-    return os.fstat(descriptor).st_size - os.lseek(descriptor, 0, os.SEEK_CUR)
 
 
 def headerless_blocks(file, descriptor, first_byte, n_read):
