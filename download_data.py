@@ -38,11 +38,10 @@ import utils
 from utils import UserError
 
 TOP_FOLDER = "UrbanSound8K"  # of the archive; its contents become the data set's folder
-ARCHIVE = "UrbanSound8K.tar.gz"
 METADATA = "metadata/UrbanSound8K.csv"
 ESC50_TABLE = "meta/esc50.csv"
 ESC50_DIR = "data/ESC-50"  # in the assets
-DISK_BYTES = 14e9  # archive (6 GB) and unpacked files (7 GB), rounded up
+DISK_BYTES = {"urbansound8k": 14e9, "esc50": 2e9}  # archive and unpacked files, rounded up
 MAX_BYTES = 10e9  # neither the archive nor its unpacked files are as large: more is something else
 
 TIMEOUT = 60  # s without a byte before a connection counts as lost
@@ -56,7 +55,7 @@ def parse_args():
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("--data_dir", metavar="DIR", help=f"the data set (default: {config.DATASET_DIR} in the assets)")
-    add("--dataset", choices=["urbansound8k", "esc50"], default="urbansound8k", help="default: urbansound8k")
+    add("--dataset", choices=[*DATASETS], default="urbansound8k", help="default: urbansound8k")
     add("--demo", action="store_true", help="make the miniature instead, without a download")
     add("--force", action="store_true", help="write every file again, even if the data set looks complete")
     add("--url", help="another source of the same archive, such as a mirror (default: soundata's)")
@@ -254,15 +253,17 @@ def broken_files(dataset_dir, dataset="urbansound8k"):
     return sorted(Path(path).relative_to(dataset_dir).as_posix() for path in broken)
 
 
-def download(dataset_dir, url, force):
+def download(name, dataset_dir, url, force):
     """Bring dataset_dir to a complete, validated data set, from whatever state an earlier run left.
 
-    The archive is removed last: as long as it lies there, the data set is not taken for complete.
+    name: of DATASETS. The archive is removed last: as long as it lies there, the data set is not taken for complete.
     """
-    archive = dataset_dir / ARCHIVE
+    table, has_md5, unpack = DATASETS[name]
+    remote, _ = soundata_remotes(name)
+    archive = dataset_dir / remote.filename
     if demo_data.holds_miniature(dataset_dir):
         raise UserError(f"{dataset_dir} holds the miniature: delete that folder, or name another with --data_dir")
-    if (dataset_dir / METADATA).exists() and not archive.exists() and not force:
+    if (dataset_dir / table).exists() and not archive.exists() and not force:
         try:
             missing, n_clips = missing_clips(dataset_dir)
         except UserError as error:
@@ -271,35 +272,23 @@ def download(dataset_dir, url, force):
             print(f"complete: {n_clips} clips in {dataset_dir}")
             return
         print(f"{len(missing)} of {n_clips} clips are missing or empty, such as {missing[0]}")
-    here = sum(size_of(path) for path in dataset_dir.rglob("*"))
-    needed = max(DISK_BYTES - here, 0)
+    needed = max(DISK_BYTES[name] - sum(size_of(path) for path in dataset_dir.rglob("*")), 0)
     utils.need_space(dataset_dir, needed, f" and needs {needed / 1e6:,.0f} MB: make room, or name another --data_dir")
-    remote, _ = soundata_remotes()
-    get_file(url or remote.url, archive, remote.checksum)
+    get_file(url or remote.url, archive, remote.checksum if has_md5 else None)
     unpack(archive, dataset_dir)
-    if broken := broken_files(dataset_dir):
+    if broken := broken_files(dataset_dir, name) or missing_clips(dataset_dir)[0]:
+        if not has_md5:  # it may be the archive: fetch it again
+            (dataset_dir / table).unlink()
+            archive.unlink()
         raise UserError(f"{len(broken)} unpacked files are broken, such as {broken[0]}: check the disk, then run again")
     archive.unlink()
     print(f"complete: {missing_clips(dataset_dir)[1]} clips in {dataset_dir}, each validated")
 
 
-def download_esc50(dataset_dir, url, force):
-    """Bring dataset_dir to a complete ESC-50, as `download` does."""
-    remote, _ = soundata_remotes("esc50")
-    archive = dataset_dir / remote.filename
-    if (dataset_dir / ESC50_TABLE).is_file() and not archive.exists() and not force:
-        missing, n_clips = missing_clips(dataset_dir)
-        if not missing:
-            print(f"complete: {n_clips} clips in {dataset_dir}")
-            return
-    get_file(url or remote.url, archive, None)
-    unpack_zip(archive, dataset_dir)
-    if broken := broken_files(dataset_dir, "esc50") or missing_clips(dataset_dir)[0]:
-        (dataset_dir / ESC50_TABLE).unlink()  # without it the data set is not taken for complete
-        archive.unlink()
-        raise UserError(f"{len(broken)} unpacked files are broken, such as {broken[0]}: run again to fetch the archive")
-    archive.unlink()
-    print(f"complete: {missing_clips(dataset_dir)[1]} clips in {dataset_dir}, each validated")
+DATASETS = {  # table, whether its archive has one md5, what unpacks that
+    "urbansound8k": (METADATA, True, unpack),
+    "esc50": (ESC50_TABLE, False, unpack_zip),
+}
 
 
 def main():
@@ -308,10 +297,8 @@ def main():
     dataset_dir = utils.folder(args.data_dir, args.assets_dir, below)
     try:
         with utils.only_one(dataset_dir, "download_data.py"):
-            if args.dataset == "esc50":
-                return download_esc50(dataset_dir, args.url, args.force)
             if not args.demo:
-                return download(dataset_dir, args.url, args.force)
+                return download(args.dataset, dataset_dir, args.url, args.force)
             state = "made" if demo_data.make_miniature(dataset_dir, force=args.force) else "complete"
             print(f"{state}: {missing_clips(dataset_dir)[1]} synthetic clips in {dataset_dir}")
     except KeyboardInterrupt:

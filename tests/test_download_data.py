@@ -78,7 +78,7 @@ def download(server, tmp_path, monkeypatch, capsys):
     archive, index = download_data.soundata_remotes()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(download_data, "RETRY_SECONDS", 0.001)
-    monkeypatch.setattr(download_data, "DISK_BYTES", 0)
+    monkeypatch.setitem(download_data.DISK_BYTES, "urbansound8k", 0)
 
     def run(*flags, index_url=f"{server.address}/index.json"):
         monkeypatch.setattr(archive, "url", server.address)
@@ -138,7 +138,7 @@ def test_archive_in_folder_repairs_data_set(download, server, tmp_path, is_broke
     lost, emptied, changed, *_ = (name for name in DATASET if name.endswith(".wav"))
     damaged = DATASET | {emptied: b"", changed: DATASET[changed][::-1]}
     del damaged[lost]
-    write(tmp_path / "data", damaged | {download_data.ARCHIVE: server.content[: -1 if is_broken else None]})
+    write(tmp_path / "data", damaged | {"UrbanSound8K.tar.gz": server.content[: -1 if is_broken else None]})
     assert download().status == 0
     assert contents(tmp_path / "data") == DATASET
     assert server.offsets == [0] * is_broken
@@ -154,7 +154,7 @@ def test_archive_other_than_its_index_is_refused_without_index_accepted(download
 def test_no_room_and_no_network_are_one_line(download, server, monkeypatch):
     line = error_line(download("--url", CLOSED))
     assert "no connection (Connection refused)" in line and "--url" in line
-    monkeypatch.setattr(download_data, "DISK_BYTES", 4e17)
+    monkeypatch.setitem(download_data.DISK_BYTES, "urbansound8k", 4e17)
     line = error_line(download())
     assert "needs 400,000,000,000 MB" in line and "--data_dir" in line and server.offsets == []
 
@@ -166,7 +166,7 @@ def test_stop_in_download_and_in_unpacking_resumes(download, server, tmp_path):
 import download_data, utils
 archive, index = download_data.soundata_remotes()
 archive.url, archive.checksum, index.url = {server.address!r}, {md5_of(server.content)!r}, {CLOSED!r}
-download_data.DISK_BYTES = 0
+download_data.DISK_BYTES["urbansound8k"] = 0
 utils.run(download_data.main)
 """
     for stop, status, is_reached in (
@@ -215,7 +215,7 @@ def test_miniature_and_real_data_set_stay_apart(download, tmp_path, name, flags,
 
 def test_soundata_entries_are_the_ones_expected():
     archive, index = download_data.soundata_remotes()
-    assert archive.filename == download_data.ARCHIVE and archive.unpack_directories == [download_data.TOP_FOLDER]
+    assert archive.filename == "UrbanSound8K.tar.gz" and archive.unpack_directories == [download_data.TOP_FOLDER]
     assert all(entry.url.startswith("https://") and len(entry.checksum) == 32 for entry in (archive, index))
 
 
@@ -337,6 +337,7 @@ def download_esc50(monkeypatch, tmp_path, capsys):
         with serving(archive, json.dumps(index).encode()) as server:
             remote, index_remote = download_data.soundata_remotes("esc50")
             monkeypatch.setenv("no_proxy", "127.0.0.1")
+            monkeypatch.setitem(download_data.DISK_BYTES, "esc50", 0)
             monkeypatch.setattr(remote, "url", server.address)
             monkeypatch.setattr(index_remote, "url", f"{server.address}/index.json")
             monkeypatch.setattr(index_remote, "checksum", md5_of(server.index))
