@@ -97,11 +97,11 @@ def read_metadata_table(folder):
     Without labels, the first folder of file_name is the class.
     """
     path = folder / "metadata.csv"
-    rows = read_table(path, ["file_name"])
-    names = rows["file_name"].str.strip()
+    rows = read_table(path, ["file_name"], ignore_case=True).apply(lambda column: column.str.strip())
+    names = rows["file_name"]
     check_rows(names, names.map(is_file_name), "is no path within the folder")
     folders = names.map(lambda name: name.split("/")[0] if "/" in name else "")
-    labels = rows["label"].str.strip() if "label" in rows else folders
+    labels = rows["label"] if "label" in rows else folders
     check_rows(names, labels != "", "has no label")
     is_odd = folders.isin(set(labels)) & (folders != labels)
     check_rows(names, ~is_odd, "is in the folder of a class that is not its label")
@@ -142,9 +142,12 @@ def read_class_folders(folder):
 
 def check_classes(folder, clips):
     """Raise a UserError for one class, a class in two spellings, or a class with one file."""
-    for text in (*clips["class"].unique(), *clips["slice_file_name"]):
-        if not text.isprintable():
-            raise UserError(f"{folder}: {utils.one_line(text)!r} is no printable name: rename it")
+    for text in clips["class"].unique():
+        if not is_class_name(text):
+            raise UserError(f"{folder}: {utils.one_line(text)!r} is no name of a class: rename it")
+    for text in clips["slice_file_name"]:
+        if not text.isprintable() or not is_file_name(f"{text}@{MAX_SECONDS:.2f}"):  # as a clip of it is called
+            raise UserError(f"{folder}: {utils.one_line(text)!r} is no name of a file here: rename it, or shorten it")
     files = clips.groupby("class")["recording"].nunique()
     if len(files) < 2:
         raise UserError(
@@ -234,10 +237,10 @@ def coarse_shape(clip):
 # --- Tables ------------------------------------------------------------------------------------------------------
 
 
-def read_table(path, columns):
+def read_table(path, columns, ignore_case=False):
     """Return a CSV file's rows as a DataFrame of text, without blank lines; its index says where each row stands.
 
-    UserError if it is no table, or lacks one of `columns`.
+    ignore_case: take names of columns in small letters. UserError if it is no table, or lacks one of `columns`.
     """
     try:
         with open(path, "rb") as file:
@@ -249,7 +252,7 @@ def read_table(path, columns):
     except (OSError, ValueError) as error:  # such as not UTF-8, nothing in it, more values in a line than in the first
         reason = utils.one_line(error)
         raise UserError(f"{path} is not a table of comma-separated values in UTF-8 ({reason}): get it again") from error
-    header = rows.iloc[0].tolist()
+    header = [name.lower() if ignore_case else name for name in rows.iloc[0].str.strip()]
     if missing := [column for column in columns if column not in header]:
         raise UserError(f"{path} lacks the column {', '.join(missing)}: it must have {', '.join(columns)}")
     if twice := [column for column in header if column and header.count(column) > 1]:
@@ -314,7 +317,7 @@ def check_rows(column, is_right, fault):
 
 def is_class_name(name):
     """Return whether a text can name a class: also as a column of the predictions, beside those of clip and classID."""
-    return name.isprintable() and name not in ("", "slice_file_name", "classID")
+    return name.isprintable() and len(name) <= MAX_NAME and name not in ("", "slice_file_name", "classID")
 
 
 def is_file_name(name):

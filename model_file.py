@@ -15,6 +15,7 @@ from utils import UserError
 MODEL_FILE = "model_fold_{}_best.safetensors"  # of a fold, 0-indexed
 INFO_KINDS = {"model": str, "class_names": list, "class_ids": list, "audio": dict}  # what every file must have
 MAX_CLASSES = 1000
+MAX_CLASS_NAME = 255  # characters
 TEMPERATURE_RANGE = 0.05, 20.0  # 1 changes nothing; above 1 a network sounds less sure, below 1 surer
 
 
@@ -107,8 +108,9 @@ def check_info(path, info):
     except (TypeError, UserError) as error:
         raise UserError(f"{path} has audio settings that can't be: {utils.one_line(error)}") from error
     names, ids = info["class_names"], info["class_ids"]
-    if not all(isinstance(name, str) and name and name.isprintable() for name in names) or len({*names}) < len(names):
-        raise UserError(f"{path} has class names that are not text, each once: {utils.one_line(names)}")
+    is_text = all(isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_CLASS_NAME for name in names)
+    if not is_text or len({*names}) < len(names):
+        raise UserError(f"{path} has class names that are not short texts, each once: {utils.one_line(names)}")
     if not names or len(names) > MAX_CLASSES:
         raise UserError(f"{path} has {len(names)} classes: a model has 1 to {MAX_CLASSES}")
     if len(ids) != len(names) or not all(type(value) is int for value in ids) or len({*ids}) < len(ids):

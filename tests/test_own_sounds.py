@@ -103,13 +103,13 @@ def test_esc50_has_its_own_folds_and_numbers(tmp_path, run_script):
 def test_table_with_groups_parts_and_folds(folder, run_script, tmp_path):
     write(folder / "day.wav", "beep", 20, 5)
     files = sorted(path.relative_to(folder).as_posix() for path in (folder / "hum").rglob("*.*"))
-    rows = [[name, "hum", index % 2 + 1, f"room {index % 2}", "", ""] for index, name in enumerate(files)]
+    rows = [[name, " hum", index % 2 + 1, f"room {index % 2}{' ' * index}", "", ""] for index, name in enumerate(files)]
     rows += [
         ["day.wav", "beep", 1, "day", 0, 9],
         ["beep/x.WAV", "beep", 2, "", "", ""],
         ["day.wav", "hum", 1, "day", 12, ""],
     ]
-    table = pd.DataFrame(rows, columns=["file_name", "label", "fold", "group", "start", "end"])
+    table = pd.DataFrame(rows, columns=["File_name", " label", " Fold", "group ", "start", "end"])
     table.to_csv(folder / "metadata.csv", index=False)
     done = run_script("preprocess_data.py", "--data_dir", folder, "--assets_dir", tmp_path)
     assert "a table, metadata.csv, 9 recordings, 2 classes, 2 folds" in done.stdout, done.stderr
@@ -236,8 +236,10 @@ def write_table(folder, *rows, header="file_name,label"):
             lambda f: write_table(f, "a.wav,a,3,1", header="file_name,label,start,end"),
             "line 2: end '1' is no time in s after the start",
         ),
-        (lambda f: (f / "hum").rename(f / "h\x1bm"), r"'h\?m' is no printable name: rename it"),
-        (lambda f: (f / "hum" / "x.WAV").rename(f / "hum" / "x\udcff.wav"), r"'hum/x\?.wav' is no printable name"),
+        (lambda f: (f / "hum").rename(f / "h\x1bm"), r"'h\?m' is no name of a class: rename it"),
+        (lambda f: (f / "hum").rename(f / "classID"), "'classID' is no name of a class: rename it"),
+        (lambda f: (f / "hum" / "x.WAV").rename(f / "hum" / f"{'x' * 250}.wav"), "no name of a file here: rename it"),
+        (lambda f: (f / "hum" / "x.WAV").rename(f / "hum" / "x\udcff.wav"), r"'hum/x\?.wav' is no name of a file here"),
         (
             lambda f: write_table(
                 f, "a.wav,a,1,g", "b.wav,a,2,g", "c.wav,b,1,h", "d.wav,b,2,i", header="file_name,label,fold,group"
