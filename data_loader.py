@@ -101,7 +101,7 @@ def read_metadata_table(folder):
     names = rows["file_name"]
     check_rows(names, names.map(is_file_name), "is no path within the folder")
     folders = names.map(lambda name: name.split("/")[0] if "/" in name else "")
-    labels = rows["label"] if "label" in rows else folders
+    labels = rows.get("label", folders)
     check_rows(names, labels != "", "has no label")
     is_odd = folders.isin(set(labels)) & (folders != labels)
     check_rows(names, ~is_odd, "is in the folder of a class that is not its label")
