@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not spin: see train.py
+os.environ["OMP_NUM_THREADS"] = "1"  # one for each of pytest's workers; a fork of a process with more would hang
 
 import numpy as np
 import pandas as pd
@@ -52,7 +52,7 @@ def run_script():
 
 @pytest.fixture(scope="session")
 def scripts(tmp_path_factory):
-    """The same for many runs, without the seconds that importing torch takes: scripts.run("predict", "clip.wav")."""
+    """The same at once, for where starting Python is not the point: scripts.run("predict", "clip.wav")."""
     with WarmScripts(tmp_path_factory.mktemp("printed")) as scripts:
         yield scripts
 

@@ -1,5 +1,7 @@
 """create_test_tone.py: the file measured, and what is refused."""
 
+import os
+
 import numpy as np
 import pytest
 import soundfile
@@ -22,8 +24,8 @@ from utils import UserError
         ),
     ],
 )
-def test_flags_decide_tone_and_file(run_script, tmp_path, flags, name, frequency, seconds, level, rate):
-    done = run_script("create_test_tone.py", *flags.split(), cwd=tmp_path)
+def test_flags_decide_tone_and_file(scripts, tmp_path, flags, name, frequency, seconds, level, rate):
+    done = scripts.run("create_test_tone", *flags.split(), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{name}: {frequency} Hz, {seconds} s, {level} dBFS, sampled at {rate} Hz\n"
     info = soundfile.info(tmp_path / name)
@@ -54,14 +56,15 @@ def test_value_out_of_range_is_named(name, value):
         create_test_tone.tone(**{name: value})
 
 
-def test_home_folder_behind_an_equals_sign_is_found(run_script, tmp_path):
-    done = run_script("create_test_tone.py", "--output=~/tone.wav", cwd=tmp_path, env={"HOME": str(tmp_path)})
+def test_home_folder_behind_an_equals_sign_is_found(scripts, tmp_path):
+    env = {**os.environ, "HOME": str(tmp_path)}
+    done = scripts.run("create_test_tone", "--output=~/tone.wav", cwd=tmp_path, env=env)
     assert done.returncode == 0 and (tmp_path / "tone.wav").is_file() and not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize("output, words", [("tone.mp3", "end in .wav"), ("folder.wav", "can't write")])
-def test_unwritable_file_is_one_line(run_script, tmp_path, output, words):
+def test_unwritable_file_is_one_line(scripts, tmp_path, output, words):
     (tmp_path / "folder.wav").mkdir()
-    done = run_script("create_test_tone.py", "--output", output, cwd=tmp_path)
+    done = scripts.run("create_test_tone", "--output", output, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ") and output in done.stderr and words in done.stderr

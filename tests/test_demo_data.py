@@ -72,9 +72,9 @@ def test_killed_demo_never_looks_complete(tmp_path, monkeypatch, capsys):
         assert f"{word}: 300 synthetic" in capsys.readouterr().out
 
 
-def test_demo_on_full_disk_is_one_line(run_script, tmp_path):
+def test_demo_on_full_disk_is_one_line(scripts, tmp_path):
     (tmp_path / "audio" / "fold1").mkdir(parents=True)
     (tmp_path / "audio" / "fold1" / "900001-0-0-0.wav").symlink_to("/dev/full")
-    done = run_script("download_data.py", "--demo", "--data_dir", tmp_path)
+    done = scripts.run("download_data", "--demo", "--data_dir", tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "No space left on device: make room" in done.stderr

@@ -51,11 +51,11 @@ def fill_to(folder, free):
 def test_disk_that_fills_during_training_costs_one_epoch(small_disk, data, scripts):
     folder = small_disk(100)
     command = (*TRAIN, "--processed_dir", data, "--assets_dir", folder)
-    scripts.start(*command)
-    while "epoch 1/4" not in scripts.printed() and not scripts.ended():
+    run = scripts.start(*command)
+    while "epoch 1/4" not in run.printed() and not run.ended():
         time.sleep(0.02)
     fill_to(folder, 1_500_000)
-    stopped = scripts.wait()
+    stopped = run.wait()
     assert stopped.returncode == 2 and stopped.stderr.count("\n") == 1, stopped.stderr
     assert "No space left on device" in stopped.stderr
     fold = folder / "checkpoints" / "fold_0"
@@ -70,13 +70,13 @@ def test_disk_that_fills_during_training_costs_one_epoch(small_disk, data, scrip
 
 
 @pytest.mark.parametrize("free", [1_500_000, 4_000_000, 7_000_000])  # bytes: full at the rows, at the features; not
-def test_preprocessing_again_on_a_full_disk_leaves_the_old_files(free, small_disk, data, miniature, run_script):
+def test_preprocessing_again_on_a_full_disk_leaves_the_old_files(free, small_disk, data, miniature, scripts):
     folder = small_disk(40)
     shutil.copytree(data, folder / "data")
     old = {path.name: path.read_bytes() for path in (folder / "data").iterdir()}
     fill_to(folder, free)
     flags = ("--data_dir", miniature, "--assets_dir", folder, "--overwrite", "--workers", 1)
-    done = run_script("preprocess_data.py", *flags)
+    done = scripts.run("preprocess_data", *flags)
     new = {path.name: path.read_bytes() for path in (folder / "data").iterdir() if path.name != ".lock"}
     if free == 7_000_000:
         assert done.returncode == 0 and utils.load_json(folder / "data" / "features.json")["clips"] == 60
@@ -117,17 +117,17 @@ def make_loop(path):
     ],
 )
 @pytest.mark.parametrize("name", ["assets", "assets/below", "assets/" + "x" * 300])
-def test_assets_folder_that_can_not_be_is_one_line(make, reason, name, tmp_path, miniature, run_script):
+def test_assets_folder_that_can_not_be_is_one_line(make, reason, name, tmp_path, miniature, scripts):
     make(tmp_path / "assets")
-    done = run_script("preprocess_data.py", "--data_dir", miniature, "--assets_dir", tmp_path / name, "--workers", 1)
+    done = scripts.run("preprocess_data", "--data_dir", miniature, "--assets_dir", tmp_path / name, "--workers", 1)
     if reason is None and len(name) < 300:  # for the administrator, who may write everywhere
         assert done.returncode in (0, 2)
     else:
         assert re.search(f"{reason}|File name too long", one_line(done)) and "assets" in done.stderr
 
 
-def test_second_preprocessing_in_the_same_folder_is_refused(tmp_path, miniature, run_script):
+def test_second_preprocessing_in_the_same_folder_is_refused(tmp_path, miniature, scripts):
     with utils.only_one(tmp_path / "data", "preprocess_data.py"):
-        line = one_line(run_script("preprocess_data.py", "--data_dir", miniature, "--assets_dir", tmp_path))
+        line = one_line(scripts.run("preprocess_data", "--data_dir", miniature, "--assets_dir", tmp_path))
     assert f"preprocess_data.py (process {os.getpid()}) is at work in {tmp_path / 'data'}" in line
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".lock"]

@@ -26,12 +26,12 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def show(miniature, models, run_script):
+def show(miniature, models, scripts):
     """A function that runs the script on the miniature."""
 
     def run(*flags, model_dir=models, **options):
         folders = ("--data_dir", miniature, "--model_dir", model_dir)
-        return run_script("play_and_predict_random.py", *folders, *flags, **options)
+        return scripts.run("play_and_predict_random", *folders, *flags, **options)
 
     return run
 

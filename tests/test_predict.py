@@ -29,10 +29,10 @@ SLOW_TO_IMPORT |= {"matplotlib", "numba", "sympy", "torchaudio"}
 
 
 @pytest.fixture(scope="module")
-def assets(tmp_path_factory, miniature, run_script):
+def assets(tmp_path_factory, miniature, scripts):
     """The miniature preprocessed, and a model of fold 0 that was trained on fold 2 and has chosen its epoch with 1."""
     assets = tmp_path_factory.mktemp("predict") / "assets"
-    done = run_script("preprocess_data.py", "--data_dir", miniature, "--assets_dir", assets)
+    done = scripts.run("preprocess_data", "--data_dir", miniature, "--workers", 1, "--assets_dir", assets)
     assert done.returncode == 0, done.stderr
     write_model(assets / "models", 0, training_folds=[3])
     return assets

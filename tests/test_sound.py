@@ -32,11 +32,11 @@ ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PortAud
 
 
 def sound_card(folder, heard=(), card=CARD):
-    """Return the environment variables of a card whose microphone hears mono samples at CARD_RATE, full scale 1."""
+    """Return the environment with a card whose microphone hears mono samples at CARD_RATE, full scale 1."""
     names = {name: folder / f"{name}.raw" for name in ("played", "heard")}
     names["heard"].write_bytes((np.asarray(heard) * 32767).astype("<i2").tobytes())
     (folder / "asound.conf").write_text(card.format(rate=CARD_RATE, **names))
-    env = {"ALSA_CONFIG_PATH": str(folder / "asound.conf")}
+    env = {**os.environ, "ALSA_CONFIG_PATH": str(folder / "asound.conf")}
     if sys.platform != "linux":
         pytest.skip("ALSA is Linux's")
     if (done := run_python("import sounddevice", env)).returncode:
@@ -81,9 +81,9 @@ def test_app_without_library_is_one_line_with_the_remedy(missing, remedy, tmp_pa
     assert done.stdout == "test_tone.wav made\n"
 
 
-def test_no_device_is_one_line_with_the_remedy(run_script, tmp_path):
+def test_no_device_is_one_line_with_the_remedy(scripts, tmp_path):
     env = sound_card(tmp_path, card=NO_CARD)
-    assert "no loudspeaker here: connect one" in refusal(run_script("test_playsound_app.py", cwd=tmp_path, env=env))
+    assert "no loudspeaker here: connect one" in refusal(scripts.run("test_playsound_app", cwd=tmp_path, env=env))
     done = run_python("import utils; from services import sound; utils.run(lambda: next(sound.record(22050)))", env)
     assert "no microphone here: connect one" in refusal(done)
 
@@ -91,9 +91,9 @@ def test_no_device_is_one_line_with_the_remedy(run_script, tmp_path):
 # --- Playing and recording ---------------------------------------------------------------------------------------
 
 
-def test_app_makes_the_tone_and_plays_it(run_script, tmp_path):
+def test_app_makes_the_tone_and_plays_it(scripts, tmp_path):
     env = sound_card(tmp_path)
-    done = run_script("test_playsound_app.py", cwd=tmp_path, env=env)
+    done = scripts.run("test_playsound_app", cwd=tmp_path, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     made, playing, ended = done.stdout.splitlines()
     assert (made, playing) == ("test_tone.wav made", "playing test_tone.wav (2.00 s) on default (48000 Hz)")
@@ -103,9 +103,9 @@ def test_app_makes_the_tone_and_plays_it(run_script, tmp_path):
     assert np.abs(heard).max() == pytest.approx(np.abs(tone).max(), abs=0.002)
 
 
-def test_app_names_a_tone_that_can_not_be_read(run_script, tmp_path):
+def test_app_names_a_tone_that_can_not_be_read(scripts, tmp_path):
     (tmp_path / "test_tone.wav").write_text("no sound")
-    assert "test_tone.wav can't be read" in refusal(run_script("test_playsound_app.py", cwd=tmp_path))
+    assert "test_tone.wav can't be read" in refusal(scripts.run("test_playsound_app", cwd=tmp_path))
 
 
 @pytest.mark.parametrize("rate", [CARD_RATE, 22_050])
@@ -160,7 +160,7 @@ def test_microphone_until_ctrl_c(miniature, tmp_path):
     env = sound_card(tmp_path, heard=np.concatenate([read_audio(file, CARD_RATE) for file in files]))
     command = [sys.executable, str(REPOSITORY / "predict.py"), "--mic", "--model_dir", str(path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, env={**os.environ, **env}) as run:
+    with subprocess.Popen(command, **pipes, env=env) as run:
         lines = [run.stdout.readline() for _ in range(4)]
         run.send_signal(signal.SIGINT)
         errors = run.communicate()[1]
