@@ -7,14 +7,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY
 from hub_server import USER
 from result_files import write_run
 
@@ -28,40 +25,6 @@ KEY = f"datasets/{REPO}"
 EPOCHS = [f"checkpoints/fold_0/epoch_{epoch}.safetensors" for epoch in (1, 2)]
 MODEL = "model_fold_0_best.safetensors"
 SENT = {".gitattributes", *EPOCHS, MODEL, "report.md", "results.json"}
-
-# Calls functions of hub.py as [[function, *arguments], ...] says; prints what they returned, or their errors' messages.
-CALL = """
-import json, pathlib, sys
-from services import hub
-hub.ANSWER_SECONDS = 3
-outcomes = []
-for function, *arguments in json.loads(sys.argv[1]):
-    try:
-        paths = [pathlib.Path(value) if str(value).startswith("/") else value for value in arguments]
-        outcomes.append(str(getattr(hub, function)(*paths)))
-    except hub.UserError as error:
-        outcomes.append(f"error: {error}")
-print(json.dumps(outcomes))
-"""
-
-# What training does with a Publisher in the assets folder sys.argv[1]: two epochs, of which the first is pruned, then
-# sys.argv[2], then the end.
-PUBLISH = """
-import config, sys, time
-from pathlib import Path
-from types import SimpleNamespace
-from services import hub
-root, finished = Path(sys.argv[1]), False
-publisher = hub.Publisher(SimpleNamespace(**{name: root / name for name in ("checkpoints", "models", "results")}))
-try:
-    publisher.add_epoch(0, 1)
-    (root / "checkpoints/fold_0/epoch_1.safetensors").unlink()
-    publisher.add_epoch(0, 2)
-    exec(sys.argv[2])
-    finished = True
-finally:
-    publisher.close(finished)
-"""
 
 
 @pytest.fixture
@@ -79,18 +42,15 @@ def content(folder):
     return {name: (folder / name).read_bytes() for name in PROCESSED_FILES}
 
 
-def start(server, home, *command, **environment):
-    """Start Python with a command line in the project's folder, as a client of the server."""
-    environment = {**os.environ, **server.environment(home), "PYTHONPATH": str(REPOSITORY), **environment}
-    command = [sys.executable, *map(str, command)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start(scripts, server, tmp_path):
+    """A function that starts a script as a client of the server and returns its Run."""
 
+    def start(script, *arguments, **environment):
+        env = {**os.environ, **server.environment(tmp_path / "home"), **environment}
+        return scripts.start(script, *arguments, env=env)
 
-def run(server, home, *command, **environment):
-    """Run Python to its end. The time limit only ends a client that waits for ever."""
-    process = start(server, home, *command, **environment)
-    stdout, stderr = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+    return start
 
 
 def outcomes(done):
@@ -98,47 +58,55 @@ def outcomes(done):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def call(server, home, *calls, **environment):
-    """Call functions of hub.py in one client process."""
-    return run(server, home, "-c", CALL, json.dumps(calls, default=str), **environment)
+@pytest.fixture
+def call(start):
+    """A function that calls functions of hub.py in one client process."""
+    return lambda *calls, **env: start("hub_client", "call", json.dumps(calls, default=str), **env).wait()
 
 
-def publish(server, assets, then="publisher.add_model(0)", **environment):
-    return run(server, assets / "home", "-c", PUBLISH, assets, then, HF_MODEL_REPO_ID=REPO, **environment)
+@pytest.fixture
+def publish(start, trained):
+    """A function that publishes what `trained` holds."""
+    return lambda **env: start("hub_client", "publish", trained, 0, **{"HF_MODEL_REPO_ID": REPO, **env}).wait()
 
 
-def push(server, assets, repo_id=REPO):
-    command = "-m", "services.hub", "push", "--assets_dir", assets
-    return run(server, assets / "home", *command, HF_MODEL_REPO_ID=repo_id)
+@pytest.fixture
+def push(start):
+    """A function that sends what a training has left, by the command for it."""
+
+    def push(assets, repo_id=REPO):
+        return start("services.hub", "push", "--assets_dir", assets, HF_MODEL_REPO_ID=repo_id).wait()
+
+    return push
 
 
-def wait_for(process, server, request):
-    """Wait until a request has come to the server, or the process has ended."""
-    while process.poll() is None and not any(request in line for line in server.requests):
+def wait_for(run, server, request):
+    """Wait until a request has come to the server, or the run has ended."""
+    while not run.ended() and not any(request in line for line in server.requests):
         time.sleep(0.1)
 
 
-def test_processed_files_sent_twice_and_fetched_are_equal(server, data, tmp_path):
+def test_processed_files_sent_twice_and_fetched_are_equal(server, call, data, tmp_path):
     calls = [["push_processed", data, REPO]] * 2 + [["fetch_processed", tmp_path / "fetched", REPO]]
-    assert outcomes(call(server, tmp_path / "home", *calls)) == ["None"] * 3
+    assert outcomes(call(*calls)) == ["None"] * 3
     assert content(tmp_path / "fetched") == content(data)
     assert len(load_processed(tmp_path / "fetched").labels) == 24
     assert server.files(KEY)["README.md"].decode() == cards.data_card(data, REPO)
     assert (len(server.commits[KEY]), len(server.uploads), server.private) == (2, 4, {KEY})  # the pickles, once
 
 
-def test_upload_refused_or_stalled_is_one_line_with_the_command_for_later(server, data, tmp_path):
+def test_upload_refused_or_stalled_is_one_line_with_the_command_for_later(server, call, data):
     server.answer("POST .*/me/ill/commit/", 500, "a bell \x07 and \x1b[2J")
     server.answer("POST .*/me/stalled/commit/", None)
     words = {"me/ill": "try again later [500: a bell", "me/stalled": "no connection", "else/x": "may not write"}
     calls = [["upload_processed", data, repo_id] for repo_id in (*words, "me/no name")]
-    lines = call(server, tmp_path, *calls).stderr.splitlines()
+    lines = call(*calls).stderr.splitlines()
     for line, expected in zip(lines, (*words.values(), "no valid name"), strict=True):
         assert expected in line and line.isprintable()
         assert line.startswith("warning: ") and line.endswith(f"services.hub push --processed_dir {data}")
 
 
-def test_fetch_refused_leaves_the_folder_alone(server, data, tmp_path):
+def test_fetch_refused_leaves_the_folder_alone(server, call, data, tmp_path):
     whole = content(data)
     other = json.loads(whole["features.json"])
     other["audio"]["n_mels"] = 64
@@ -148,31 +116,31 @@ def test_fetch_refused_leaves_the_folder_alone(server, data, tmp_path):
     server.answer("GET /api/datasets/me/stalled", None)
     words = {"part": "it lacks a file", "other": "n_mels", "proxy": "log-in page", "stalled": "no connection"}
     calls = [["fetch_processed", tmp_path / "fetched", f"me/{name}"] for name in words]
-    messages = outcomes(call(server, tmp_path / "home", *calls))
+    messages = outcomes(call(*calls))
     for message, (name, expected) in zip(messages, words.items(), strict=True):
         assert message.startswith(f"error: can't fetch the data set me/{name} ") and expected in message
     assert not set(PROCESSED_FILES) & set(os.listdir(tmp_path / "fetched"))
 
 
-def test_fetch_after_a_killed_one_is_done_by_one_of_two(server, data, tmp_path):
+def test_fetch_after_a_killed_one_is_done_by_one_of_two(server, start, data, tmp_path):
     server.put(KEY, content(data))
     server.answer("GET /lfs/", None)
-    fetch = "-c", CALL, json.dumps([["fetch_processed", str(tmp_path / "fetched"), REPO]])
-    with start(server, tmp_path / "home", *fetch) as killed:
-        wait_for(killed, server, "GET /lfs/")
-        killed.kill()
+    fetch = "hub_client", "call", json.dumps([["fetch_processed", str(tmp_path / "fetched"), REPO]])
+    killed = start(*fetch)
+    wait_for(killed, server, "GET /lfs/")
+    assert killed.kill() and killed.wait().returncode == -signal.SIGKILL
     server.rules.clear()
     server.requests.clear()
-    both = [start(server, tmp_path / "home", *fetch) for _ in range(2)]
-    assert ["None" in process.communicate(timeout=300)[0] for process in both] == [True, True]
+    both = [start(*fetch) for _ in range(2)]
+    assert ["None" in run.wait().stdout for run in both] == [True, True]
     assert content(tmp_path / "fetched") == content(data)
     assert set(os.listdir(tmp_path / "fetched")) == {*PROCESSED_FILES, ".hub.lock"}
     assert sum(request.startswith("GET /api/datasets/") for request in server.requests) == 1
 
 
-def test_publisher_sends_pruned_epochs_and_a_resumed_run_sends_nothing_twice(server, trained):
+def test_publisher_sends_pruned_epochs_and_a_resumed_run_sends_nothing_twice(server, publish, trained):
     weights = {name: (trained / name).read_bytes() for name in EPOCHS}
-    done = publish(server, trained)
+    done = publish()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     files = server.files(REPO)
     assert files.keys() == SENT
@@ -180,7 +148,7 @@ def test_publisher_sends_pruned_epochs_and_a_resumed_run_sends_nothing_twice(ser
     before = len(server.commits[REPO]), len(server.uploads)
     assert before[0] <= 3  # the repository's own first, the fold's end, the run's end
     (trained / EPOCHS[0]).write_bytes(weights[EPOCHS[0]])
-    assert publish(server, trained).stderr == ""
+    assert publish().stderr == ""
     assert (len(server.commits[REPO]), len(server.uploads)) == before
 
 
@@ -192,34 +160,29 @@ def test_publisher_sends_pruned_epochs_and_a_resumed_run_sends_nothing_twice(ser
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "no connection; check the network"),
     ],
 )
-def test_publisher_in_trouble_is_two_lines(server, trained, environment, words):
-    reason, left = publish(server, trained, **environment).stderr.splitlines()
+def test_publisher_in_trouble_is_two_lines(publish, trained, environment, words):
+    reason, left = publish(**environment).stderr.splitlines()
     assert words in reason and reason.endswith(". Training continues")
     assert left.endswith(f"to send the rest: python -m services.hub push --assets_dir {trained}")
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_training_ended_while_a_commit_stalls_leaves_what_push_sends(server, trained, end):
+def test_training_ended_while_a_commit_stalls_leaves_what_push_sends(server, start, push, trained, end):
     server.answer("PUT /lfs/", None)
-    program = PUBLISH.replace("from services", "config.HF_COMMIT_MINUTES = 0.01\nfrom services")
-    publisher = "-c", program, trained, "time.sleep(600)"  # no fold ends: the interval sends
-    with start(server, trained / "home", *publisher, HF_MODEL_REPO_ID=REPO) as process:
-        wait_for(process, server, "PUT /lfs/")
-        process.send_signal(end)
-        stderr = process.communicate(timeout=300)[1]
-    assert ("to send the rest" in stderr) == (end == signal.SIGINT)
+    run = start("hub_client", "publish", trained, 0, "stalls", HF_MODEL_REPO_ID=REPO)
+    wait_for(run, server, "PUT /lfs/")
+    assert run.kill(end)
+    assert ("to send the rest" in run.wait().stderr) == (end == signal.SIGINT)
     server.rules.clear()
     (trained / "results/results.json").unlink()  # no report: a training that was cut off
-    assert push(server, trained).returncode == 0
+    assert push(trained).returncode == 0
     assert set(server.files(REPO)) == SENT - {"results.json"}
 
 
-def test_two_processes_share_an_outbox(server, trained):
+def test_two_processes_share_an_outbox(server, start, trained):
     shutil.copytree(trained / "checkpoints/fold_0", trained / "checkpoints/fold_1")
-    programs = PUBLISH, PUBLISH.replace("(0, ", "(1, ").replace("fold_0", "fold_1")
-    commands = [("-c", program, trained, "publisher.add_model(0)") for program in programs]
-    both = [start(server, trained / "home", *command, HF_MODEL_REPO_ID=REPO) for command in commands]
-    assert [process.communicate(timeout=300) for process in both] == [("", "")] * 2
+    both = [start("hub_client", "publish", trained, fold, HF_MODEL_REPO_ID=REPO) for fold in (0, 1)]
+    assert [(run.wait().stdout, run.printed("stderr")) for run in both] == [("", "")] * 2
     assert set(server.files(REPO)) == {*SENT, *(name.replace("fold_0", "fold_1") for name in EPOCHS)}
 
 
@@ -230,20 +193,20 @@ def test_forget_removes_the_waiting_epochs_of_these_folds(tmp_path):
     assert os.listdir(tmp_path / "outbox") == ["fold_1"]
 
 
-def test_models_are_fetched_and_found_in_the_cache_offline(server, tmp_path):
+def test_models_are_fetched_and_found_in_the_cache_offline(server, call):
     server.put(REPO, {MODEL: b"weights", "model_fold_x": b""})
     calls = ["model_folds", REPO], ["fetch_model", REPO, 0], ["fetch_model", REPO, 4], ["model_folds", "me/none"]
-    folds, fetched, absent, none = outcomes(call(server, tmp_path, *calls))
+    folds, fetched, absent, none = outcomes(call(*calls))
     assert folds == "[0]" and Path(fetched).read_bytes() == b"weights"
     assert "it lacks a file" in absent and "no such repository" in none
-    offline = outcomes(call(server, tmp_path, *calls, HF_HUB_OFFLINE="1"))
+    offline = outcomes(call(*calls, HF_HUB_OFFLINE="1"))
     assert offline[:2] == [folds, fetched]
     assert all("HF_HUB_OFFLINE is set" in outcome for outcome in offline[2:])
 
 
 @pytest.mark.parametrize("repo_id, words", [(REPO, "nothing to send"), ("", "HF_MODEL_REPO_ID are empty")])
-def test_push_without_anything_to_send_is_one_line(server, tmp_path, repo_id, words):
-    done = push(server, tmp_path, repo_id)
+def test_push_without_anything_to_send_is_one_line(push, tmp_path, repo_id, words):
+    done = push(tmp_path, repo_id)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr
 
 
@@ -272,11 +235,11 @@ def test_cards_claim_urbansound_only_for_its_clips(data, tmp_path, first_fsid):
     assert result["metrics"][0]["value"] == round(results["accuracy_mean"], 4)
 
 
-def test_training_fetches_its_data_and_publishes_models_and_card(run_script, server, data, tmp_path):
+def test_training_fetches_its_data_and_publishes_models_and_card(start, push, server, data, tmp_path):
     server.put(KEY, content(data))
-    env = {**server.environment(tmp_path / "home"), "HF_REPO_ID": REPO, "HF_MODEL_REPO_ID": f"{USER}/models"}
+    env = {"HF_REPO_ID": REPO, "HF_MODEL_REPO_ID": f"{USER}/models"}
     flags = ["--epochs", "1", "--folds", "0,1", "--batch_size", "8", "--assets_dir", tmp_path / "assets"]
-    done = run_script("train.py", *flags, env=env)
+    done = start("train", *flags, **env).wait()
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert content(tmp_path / "assets" / "data") == content(data)
     files = server.files(f"{USER}/models")
@@ -287,8 +250,8 @@ def test_training_fetches_its_data_and_publishes_models_and_card(run_script, ser
     assert f"{100 * results['accuracy_mean']:.1f} %" in files["README.md"].decode()
     count = len(server.commits[f"{USER}/models"])
     assert count <= 1 + 2 + 1  # the repository's own first, each fold's end, the run's
-    assert push(server, tmp_path / "assets", f"{USER}/models").returncode == 0
+    assert push(tmp_path / "assets", f"{USER}/models").returncode == 0
     assert len(server.commits[f"{USER}/models"]) == count
     (tmp_path / "assets" / "models" / MODEL).write_bytes(b"of another run")
-    done = push(server, tmp_path / "assets", f"{USER}/models")
+    done = push(tmp_path / "assets", f"{USER}/models")
     assert done.returncode == 2 and f"{MODEL} is not of the run in" in done.stderr
