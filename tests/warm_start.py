@@ -84,24 +84,31 @@ class Run:
 
 
 def serve():
-    """Fork for each line of JSON on stdin."""
+    """Fork for each line of JSON on stdin; write the process id and, when it has ended, its exit status to its pipe."""
     sys.path.insert(0, str(REPOSITORY))
     for name in SCRIPTS:
         importlib.import_module(name)
     rehearse()
     gc.freeze()
+    running = {}  # {process id: pipe}
+
+    def reap(*_):
+        with contextlib.suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                with contextlib.suppress(BrokenPipeError), running.pop(found[0]) as pipe:
+                    print(os.waitstatus_to_exitcode(found[1]), file=pipe, flush=True)
+
     signal.signal(signal.SIGCHLD, reap)
     for line in sys.stdin:
-        if not os.fork():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            tell(**json.loads(line))
-
-
-def reap(*_):
-    """Take note of the processes that have ended."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        request = json.loads(line)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        pipe = open(request["to"], "w")  # noqa: SIM115 (until the child ends)
+        child = os.fork()
+        if not child:
+            be_script(**request)
+        running[child] = pipe
+        print(child, file=pipe, flush=True)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
 
 
 def rehearse():
@@ -126,23 +133,14 @@ def rehearse():
         tables.write_report(write_run(Path(folder)), Path(folder))
 
 
-def tell(to, **request):
-    """Start the script in one more process and write its process id and, when it has ended, its exit status."""
-    child = os.fork()
-    if not child:
-        be_script(to, **request)
-    with open(to, "w") as news:
-        print(child, file=news, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=news, flush=True)
-    os._exit(0)
-
-
 def be_script(to, script, arguments, env, cwd):
     """Be the script: its arguments, its output, its environment, its exit status."""
     for stream, descriptor in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(f"{to}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     os.chdir(cwd)
     sys.argv = [f"{script}.py", *arguments]
     if env is not None:
