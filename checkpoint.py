@@ -24,6 +24,7 @@ import shutil
 import zipfile
 
 import torch
+from safetensors import safe_open
 
 import config
 import utils
@@ -31,6 +32,8 @@ from model_file import is_temperature, model_path, save_model
 from utils import UserError
 
 CHECKSUM_BYTES = 32
+REPORT_FILES = ("run.json", "results.json", "report.md", "README.md")  # in the results, beside those of the folds
+REPORT_FILES += ("confusion_matrix.png", "per_class.png", "reliability.png", "curves.png")
 CHECKPOINT_KEYS = {"epoch", "model", "optimizer", "best", "best_model", "history", "settings", "run_id"}
 
 
@@ -79,6 +82,17 @@ def follow_up(folder, checkpoint, info):
             # The .pt last: while it is there, the next call finds what a kill has kept this one from removing.
             (folder / f"epoch_{epoch}.safetensors").unlink(missing_ok=True)
             (folder / f"epoch_{epoch}.pt").unlink()
+
+
+def follow_ups_are_whole(folder):
+    """Return whether the files that follow from a fold's newest checkpoint can be read; True if it was removed."""
+    try:
+        for epoch in checkpoint_epochs(folder)[:1]:
+            read_pt(folder / "best_model_this_fold.pt")
+            safe_open(folder / f"epoch_{epoch}.safetensors", framework="pt")
+    except Exception:  # a damaged file makes torch.load raise anything
+        return False
+    return True
 
 
 def write_pt(path, value):
@@ -137,6 +151,8 @@ def load_checkpoint(path, epoch):
         raise ValueError("it is no checkpoint")
     if missing := sorted(CHECKPOINT_KEYS - set(checkpoint)):
         raise ValueError(f"it lacks {', '.join(missing)}")
+    if type(checkpoint["epoch"]) is not int:
+        raise ValueError("its epoch is no number")
     if checkpoint["epoch"] != epoch:
         raise ValueError(f"it is of epoch {checkpoint['epoch']}")
     check_parts(checkpoint)
@@ -211,6 +227,10 @@ def is_state(value):
     """Return whether a value read from JSON has the parts of a training state, each of its type."""
     if not isinstance(value, dict):
         return False
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()  # as it is written again
+    except ValueError:  # NaN, or half a character
+        return False
     kinds = {"folds": dict, "settings": dict, "run_id": str}
     if not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
         return False
@@ -271,7 +291,8 @@ class Run:
     def is_done(self, fold):
         """Return whether a fold is trained and tested, and its files are as the training wrote them."""
         entry = load_state(self.path)["folds"].get(str(fold), {})
-        return entry.get("done", False) and entry.get("files") == file_digests(self.paths, fold)
+        is_whole = follow_ups_are_whole(fold_dir(self.paths.checkpoints, fold))
+        return entry.get("done", False) and entry.get("files") == file_digests(self.paths, fold) and is_whole
 
     def claim(self):
         """Yield the folds of this call that are neither done nor in the hands of another process, one by one.
@@ -321,6 +342,9 @@ class Run:
         info["n_folds"] = len(set(data.folds.tolist()))
         with self.state() as state:
             folds = state["folds"]
+            path, tested = self.paths.results / "run.json", {*folds} - {utils.NO_FOLD}
+            if path.is_file() and not any(folds[fold]["done"] for fold in tested):
+                return  # of an earlier run, whose predictions are beside it
             info["best_epochs"] = {fold: folds[fold]["best_epoch"] for fold in sorted(folds)}
             info["temperatures"] = {
                 fold: entry["temperature"] for fold, entry in folds.items() if "temperature" in entry
@@ -328,7 +352,7 @@ class Run:
             info["files"] = {fold: entry["files"] for fold, entry in folds.items() if "files" in entry}
             info["class_ids"] = {name: class_id for class_id, name in data.class_names.items()}
             info |= {"source": data.info["source"], "settings": self.settings}
-            utils.save_json(self.paths.results / "run.json", info)
+            utils.save_json(path, info)
 
 
 def remove_folds(paths, folds, settings):
@@ -356,7 +380,8 @@ def remove_folds(paths, folds, settings):
         if state["folds"]:
             utils.save_json(paths.checkpoints / "training_state.json", state)
         else:
-            (paths.checkpoints / "training_state.json").unlink(missing_ok=True)
+            for path in (paths.checkpoints / "training_state.json", *(paths.results / name for name in REPORT_FILES)):
+                path.unlink(missing_ok=True)
 
 
 def check_settings(found, expected, what):

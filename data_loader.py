@@ -28,6 +28,7 @@ CLIP_COLUMNS = ["slice_file_name", "fsID", "start", "end", "salience", "fold", "
 NEEDED_COLUMNS = ["slice_file_name", "fold", "classID", "class"]
 # Of clips.csv. A recording is a file of other data sets; a group is what has to be in one fold; start and end are s.
 KNOWN_COLUMNS = [*CLIP_COLUMNS, "recording", "group"]
+ESC50_SECONDS = 5  # s of each clip
 MAX_NAME = 255  # bytes of a file name
 MAX_COLUMNS = 1000  # of a table; pandas takes 2 kB for each
 MAX_HEADER = 1 << 16  # bytes of a table's first line in which they are counted
@@ -46,7 +47,9 @@ def read_dataset(folder, group_by="pieces"):
     if find_urbansound8k(folder)[0].is_file() or not folder.is_dir():
         return "UrbanSound8K", read_urbansound8k(folder)
     if (folder / "meta" / "esc50.csv").is_file():
-        return "ESC-50", read_esc50(folder)
+        is_whole = config.CLIP_SECONDS >= ESC50_SECONDS
+        kind = "ESC-50" if is_whole else f"ESC-50, the first {config.CLIP_SECONDS:g} s of each clip (CLIP_SECONDS)"
+        return kind, read_esc50(folder)
     if (folder / "metadata.csv").is_file():
         kind, clips = "a table, metadata.csv", read_metadata_table(folder)
     else:
@@ -323,7 +326,7 @@ def is_class_name(name):
 def is_file_name(name):
     """Return whether a text is a file's path within a folder, which can't leave it."""
     parts = name.split("/")
-    is_plain = not re.search(r"[\\\x00-\x1f]", name) and not {"", ".", ".."} & set(parts)
+    is_plain = not re.search(r"[\\\x00-\x1f\x7f-\x9f]", name) and not {"", ".", ".."} & set(parts)
     return is_plain and all(len(part.encode(errors="replace")) <= MAX_NAME for part in parts)
 
 
@@ -430,7 +433,7 @@ def save_tables(folder, clips, audio, source, left_out, listing=None):
         "clips": len(clips),
         "shape": list(features.shape),
         "audio": dataclasses.asdict(audio),
-        "source": source,
+        "source": utils.one_line(source),
         "left_out": list(left_out),
         "fingerprint": fingerprint(features, labels, folds),
         "listing": listing,
@@ -481,8 +484,9 @@ def read_info(folder):
     """Return the dict in a folder's features.json. UserError if it is not one."""
     path = folder / "features.json"
     info = utils.load_json(path)
-    kinds = {"audio": dict, "left_out": list, "source": str}
-    if not isinstance(info, dict) or any(type(info.get(key)) is not kind for key, kind in kinds.items()):
+    kinds = {"audio": dict, "clips": int, "left_out": list, "source": str}
+    is_right = isinstance(info, dict) and all(type(info.get(key)) is kind for key, kind in kinds.items())
+    if not is_right or not info["source"].isprintable():
         raise UserError(
             f"{path} is damaged: it must have {', '.join(kinds)}. Run python preprocess_data.py --overwrite"
         )

@@ -288,4 +288,4 @@ def over_images(kernel, *arguments):
     """Call a kernel on as many threads as torch has, each with a share of the images, the first axis of the arrays."""
     count = min(torch.get_num_threads(), len(arguments[0]))
     shares = [np.array_split(array, count) if np.ndim(array) > 1 else [array] * count for array in arguments]
-    list(THREADS.map(kernel, *shares))
+    list(THREADS.map(kernel, *shares) if count > 1 else map(kernel, *shares))  # a forked process has no threads

@@ -423,7 +423,7 @@ def keep_without_test(fold, run):
     Its temperature is fitted to the run's test predictions, of networks like this one, as far as folds are tested.
     """
     fitted = {}
-    if any(run.paths.results.glob("predictions_fold_*.csv")):
+    if any(map(run.is_done, range(utils.MAX_FOLDS))):
         tested = metrics.read_predictions(run.paths.results)
         logits = torch.from_numpy(tested.probabilities).clamp(min=1e-12).log()  # (clips, classes), up to a constant
         fitted = {"temperature": fit_temperature(logits, torch.tensor(tested.true))}
@@ -460,7 +460,10 @@ def main():
 def start_again(paths, folds, settings):
     """Remove what an earlier run left for these folds."""
     if utils.process_count() > 1:
-        raise UserError("--fresh is for one process, as torchrun may start others again: run it once without torchrun")
+        raise UserError(
+            "--fresh is for one process, as torchrun may start others again: run it once without torchrun or a Slurm "
+            "array (unset WORLD_SIZE and SLURM_ARRAY_TASK_COUNT)"
+        )
     checkpoint.remove_folds(paths, folds, settings)
     events.forget(paths.checkpoints, folds)
 

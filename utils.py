@@ -50,11 +50,13 @@ ALL_FOLDS = (*range(MAX_FOLDS), NO_FOLD)
 REMEDIES = {  # for what a disk or a path answers
     errno.ENOSPC: "make room on the disk, or name a folder on another with --assets_dir",
     errno.EDQUOT: "your disk quota is used up: make room, or name another folder with --assets_dir",
+    errno.EFBIG: "the disk, or ulimit -f, allows no file of that size: raise the limit, or use another disk",
     errno.EROFS: "the disk is read-only: name a folder that can be written with --assets_dir",
     errno.EACCES: "change its permissions, or name a folder of your own with --assets_dir",
     errno.EPERM: "change its permissions, or name a folder of your own with --assets_dir",
 }
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # what flock answers where there is none
+# What flock and fsync answer on a disk that has none.
+NOT_THERE = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
 def run(main):
@@ -67,7 +69,9 @@ def run(main):
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as set for the time of the imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send ends like Ctrl-C
+    for name in ("SIGTERM", "SIGHUP"):  # what schedulers and closed terminals send ends like Ctrl-C; not under nohup
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         check_config()
         main()
@@ -200,6 +204,8 @@ def positive_float(text):
 
 def fold_or_word(text):
     """argparse type: a fold number, "all" or "none"."""
+    if not re.fullmatch("-?[0-9]{1,9}|all|none", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fold number, all or none")
     return text if text in ("all", NO_FOLD) else int(text)
 
 
@@ -239,7 +245,7 @@ def atomic_write(path, mode="wb"):
         with naming(path), open(temporary, mode, **encoding) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -287,6 +293,15 @@ def sync_folder(path):
         os.close(descriptor)
 
 
+def sync(descriptor):
+    """Make an open file's contents survive power loss, where the disk can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
+
+
 def need_space(folder, needed, reason):
     """Raise a UserError that ends in `reason` if a folder's disk has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
@@ -304,8 +319,9 @@ def only_one(folder, script):
                 f"{one_line(file.read()) or 'another process'} is at work in {folder}: wait for it to end, or use "
                 "another --assets_dir"
             )
-        file.truncate(0)
-        print(f"{script} (process {os.getpid()})", file=file, flush=True)
+        with naming(folder / ".lock"):
+            file.truncate(0)
+            print(f"{script} (process {os.getpid()})", file=file, flush=True)
         yield
 
 
@@ -326,7 +342,8 @@ def try_lock(path, wait=False):
         except BlockingIOError:
             is_ours = False
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in NOT_THERE:
+                error.filename = str(path)
                 raise
             note_no_locks(path.parent)
             is_ours = True

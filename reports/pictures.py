@@ -7,6 +7,7 @@ slow to import. matplotlib's `Figure` is used without pyplot, so that no display
 
 import contextlib
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -36,6 +37,26 @@ STYLE = {  # sizes in points
 MIN_COLUMNS = 16  # of the feature maps that Grad-CAM shows: 4 s in steps of a quarter of a second
 
 
+def import_matplotlib():
+    """Import and return matplotlib, and leave its back end to the user: a notebook's shows figures of theirs.
+
+    The import fails if MPLBACKEND or MATPLOTLIBRC name what can't be used.
+    """
+    if "matplotlib" in sys.modules:
+        return sys.modules["matplotlib"]
+    own = {name: os.environ.get(name) for name in ("MPLBACKEND", "MATPLOTLIBRC")}
+    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)
+    try:
+        matplotlib = utils.need("matplotlib", "drawing")
+    finally:
+        for name, value in own.items():
+            os.environ.pop(name)
+            os.environ.update({name: value} if value else {})
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = own["MPLBACKEND"] or "agg"
+    return matplotlib
+
+
 @contextlib.contextmanager
 def picture(path, title, width, height):
     """Yield an empty matplotlib Figure, which is then written as PNG, atomically; width and height in inches.
@@ -43,8 +64,7 @@ def picture(path, title, width, height):
     In one style, whatever a user's matplotlibrc says: its LaTeX or fonts could stop a picture. The title goes into the
     file as text, too.
     """
-    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)  # the import fails if what they name can't be used
-    matplotlib = utils.need("matplotlib", "drawing")
+    matplotlib = import_matplotlib()
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(), warnings.catch_warnings(), utils.atomic_write(path) as file:

@@ -14,8 +14,10 @@ ends with the same checks:
 - predictions of other clips than the fold's own, or that the model file does not reproduce
 """
 
+import functools
 import hashlib
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -76,7 +78,7 @@ def check_model(name, network, info, data, fold):
     folds = info.get("training_folds")
     if not isinstance(folds, list) or not all(type(number) is int for number in folds):
         return [*findings, f"{name} does not say on which folds it was trained"]
-    if fold + 1 in folds:
+    if fold != utils.NO_FOLD and fold + 1 in folds:
         findings.append(f"{name} was trained on clips of the fold that tests it (the data set's fold {fold + 1})")
     training = np.flatnonzero(np.isin(data.folds, folds))
     if not len(training) or data_loader.names_digest(data.clips, training) != info.get("training_digest"):
@@ -114,12 +116,15 @@ def check_predictions(name, predictions, network, info, data, fold):
 
 
 def damaged_checkpoints(folder):
-    """Return a finding for each checkpoint of a fold that can't be used."""
-    findings = []
+    """Return a finding for each file in a fold's checkpoints that can't be used."""
+    readers = {folder / "best_model_this_fold.pt": checkpoint.read_pt}
     for epoch in checkpoint.checkpoint_epochs(folder):
-        path = folder / f"epoch_{epoch}.pt"
+        readers[folder / f"epoch_{epoch}.pt"] = functools.partial(checkpoint.load_checkpoint, epoch=epoch)
+        readers[folder / f"epoch_{epoch}.safetensors"] = load_model
+    findings = []
+    for path in filter(Path.exists, readers):
         try:
-            checkpoint.load_checkpoint(path, epoch)
+            readers[path](path)
         except Exception as error:  # a damaged file makes torch.load raise anything
             findings.append(f"{path} is damaged ({utils.one_line(error, longest=80)}): remove it")
     return findings
@@ -135,7 +140,8 @@ def audit(paths, data=None):
     findings = duplicates_across_folds(data) + cells_that_tell_the_class(data)
     looked_at = [f"{len(data.labels)} clips of {utils.one_line(data.info['source'])}"]
     files = metrics.read_run(paths.results).get("files", {})
-    for fold in np.unique(data.folds - 1).tolist():
+    is_everything = model_path(paths.models, utils.NO_FOLD).is_file() or utils.NO_FOLD in files
+    for fold in [*np.unique(data.folds - 1).tolist(), *([utils.NO_FOLD] if is_everything else [])]:
         findings += damaged_checkpoints(checkpoint.fold_dir(paths.checkpoints, fold))
         path = model_path(paths.models, fold)
         predictions = checkpoint.result_path(paths.results, "predictions", fold)

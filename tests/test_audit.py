@@ -51,10 +51,17 @@ def change_model(assets, tensors=None, **info):
     model_file.save_model(path, {**load_file(path), **(tensors or {})}, {**model_file.load_model(path)[1], **info})
 
 
-def test_damaged_checkpoint_is_named(assets):
-    path = assets / "checkpoints" / "fold_1" / "epoch_1.pt"
-    path.write_bytes(path.read_bytes()[:-100])
-    assert f"{path} is damaged (its checksum is wrong: it is damaged): remove it" in findings(assets)
+def test_damaged_files_of_checkpoints_and_of_the_model_of_all_clips_are_named(assets):
+    folder = assets / "checkpoints" / "fold_1"
+    shutil.copytree(folder, folder.with_name("fold_none"))
+    (assets / "models" / "model_fold_none_best.safetensors").touch()
+    paths = [folder / name for name in ("epoch_1.pt", "best_model_this_fold.pt", "epoch_1.safetensors")]
+    paths.append(folder.with_name("fold_none") / "epoch_1.pt")
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-100])
+    found = findings(assets)
+    assert all(f"{path} is damaged (" in found for path in paths)
+    assert "the model file of fold none is not of the run" in found
 
 
 def copy_a_test_clip(features, labels, clips):

@@ -166,11 +166,13 @@ def test_damaged_newest_is_named_and_the_one_before_taken(damage, folder, capsys
 
 def test_load_newest_every_one_damaged_names_each_with_its_reason(folder, capsys):
     rewrite(folder / "epoch_3.pt", epoch=7)
-    without(folder / "epoch_2.pt", "history")
+    rewrite(folder / "epoch_2.pt", epoch=torch.zeros(1).expand(100))  # of gigabytes, in a forged one
+    without(shutil.copy(folder / "epoch_2.pt", folder / "epoch_1.pt"), "history")
     assert checkpoint.load_newest(folder) is None
     text = capsys.readouterr().out
     assert "epoch_3.pt can't be used (it is of epoch 7)" in text
-    assert "epoch_2.pt can't be used (it lacks history)" in text
+    assert "epoch_2.pt can't be used (its epoch is no number)" in text
+    assert "epoch_1.pt can't be used (it lacks history)" in text
 
 
 def test_any_flipped_bit_is_noticed(folder):
@@ -289,6 +291,8 @@ def state_with(*keys, value):
         json.dumps(state_with("folds", "0", "done", value="yes")),
         json.dumps(state_with("folds", "0", "best_epoch", value=-1)),
         json.dumps(state_with("folds", "0", "temperature", value="x")),
+        json.dumps(state_with("folds", "0", "note", value=float("nan"))),
+        json.dumps(state_with("folds", "0", "note", value="\ud800")),
         json.dumps(state_with("folds", "01", value=STATE["folds"]["0"])),
     ],
     ids=lambda text: text[:20],
@@ -372,8 +376,16 @@ def test_run_takes_its_state_where_the_checkpoints_agree(paths, capsys):
 
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_text("res")])
-def test_fold_whose_model_file_is_lost_is_not_done(harm, paths):
-    harm(model_path(paths.models, 0))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "models/model_fold_0_best.safetensors",
+        "checkpoints/fold_0/best_model_this_fold.pt",
+        "checkpoints/fold_0/epoch_3.safetensors",
+    ],
+)
+def test_fold_whose_files_are_lost_is_not_done(name, harm, paths):
+    harm(paths.models.parent / name)
     assert done_folds(run_of(paths)) == []
 
 
@@ -469,10 +481,11 @@ def files(folder):
 
 def test_remove_folds_removes_theirs_alone(paths):
     touch_results(paths, 1)
+    (paths.results / "report.md").touch()
     checkpoint.remove_folds(paths, [1], SETTINGS)
     assert files(paths.checkpoints) == ["fold_0", "training_state.json"]
     assert files(paths.models) == ["model_fold_0_best.safetensors"]
-    assert files(paths.results) == ["history_fold_0.csv", "predictions_fold_0.csv"]
+    assert files(paths.results) == ["history_fold_0.csv", "predictions_fold_0.csv", "report.md"]
     assert done_folds(run_of(paths)) == [0]
     checkpoint.remove_folds(paths, [0, 1, 5], {**SETTINGS, "epochs": 9})
     assert files(paths.checkpoints) == files(paths.models) == files(paths.results) == []

@@ -85,6 +85,7 @@ def test_table_is_read_as_it_stands(tmp_path, content):
         (changed(4, "slice_file_name", ROWS[0][0]), "line 4: slice_file_name '100-0-0-0.wav' is listed already"),
         (changed(2, "slice_file_name", "../../etc/passwd"), "'../../etc/passwd' is no path within the folder"),
         (changed(2, "slice_file_name", "a\0.wav"), r"line 2: slice_file_name 'a\?.wav' is no path within the folder"),
+        (changed(2, "slice_file_name", "a\x9b31m.wav"), r"'a\?31m.wav' is no path within the folder"),
     ],
 )
 def test_table_with_a_fault_is_refused_with_line_and_reason(tmp_path, content, reason):
@@ -177,7 +178,9 @@ def test_files_of_different_sets_are_refused(folder, name, change):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"audio": None}, r"features\.json is damaged: it must have audio, left_out, source"),
+        ({"audio": None}, r"features\.json is damaged: it must have audio, clips, left_out, source"),
+        ({"clips": "\x1b[2J"}, r"features\.json is damaged"),
+        ({"source": "\ud800"}, r"features\.json is damaged"),
         ({"fingerprint": "0123456789abcdef"}, r"the fingerprint in features\.json do not fit"),
         ({"audio": {**dataclasses.asdict(AUDIO), "n_mels": 32}}, r"n_mels is 32 there and 128 in config\.py"),
         ({"audio": {**dataclasses.asdict(AUDIO), "colour": "red"}}, "colour is red there and None in config"),

@@ -112,7 +112,9 @@ def test_esc50_has_its_own_folds_and_numbers(tmp_path, preprocess):
     columns = ["filename", "fold", "target", "category", "esc10", "src_file", "take"]
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "ESC-50" / "meta" / "esc50.csv", index=False)
     done = preprocess(tmp_path / "ESC-50")
-    assert "ESC-50, 10 recordings, 2 classes, 5 folds" in done.stdout, done.stderr
+    assert "ESC-50, the first 4 s of each clip (CLIP_SECONDS), 10 recordings, 2 classes, 5 folds" in done.stdout, (
+        done.stderr
+    )
     data = data_loader.load_processed(tmp_path / "data")
     assert data.class_names == {14: "beep", 40: "hum"}
     assert [int(name[0]) for name in data.clips["slice_file_name"]] == data.folds.tolist()

@@ -1,11 +1,15 @@
 """pictures.py: any results can be drawn, and Grad-CAM finds what a decision depends on."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 from torch import nn
 
@@ -62,6 +66,15 @@ def test_any_classes_can_be_drawn(tmp_path, class_names):
         draw(path, values, "A title (a remark)")
         with Image.open(path) as image:
             assert image.width >= 1500 and image.height >= 500 and image.text["Title"] == "A title (a remark)"
+
+
+def test_back_end_of_a_notebook_is_left_to_it(tmp_path):
+    program = "import os, sys\nfrom reports import pictures\nwith pictures.picture(sys.argv[1], 'Title', 5, 5): pass\n"
+    program += "import matplotlib; print(os.environ['MPLBACKEND'], matplotlib.rcParams['backend'], 'MATPLOTLIBRC' in os.environ)"
+    env = {**os.environ, "MPLBACKEND": "module://a_notebooks"}
+    command = [sys.executable, "-c", program, tmp_path / "a.png"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=env)
+    assert done.stdout == "module://a_notebooks module://a_notebooks False\n", done.stderr
 
 
 @pytest.mark.parametrize("folds", [1, 7])

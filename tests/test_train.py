@@ -285,7 +285,7 @@ def test_killed_at_random_moments(reference, scripts, data, tmp_path):
     assert_same_files(assets, reference[0])
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_run_says_how_to_resume(stop, scripts, data, tmp_path):
     flags = ("--model", "AudioCNN", "--epochs", 500, "--batch_size", 8, "--folds", 0)
     run = scripts.start("train", *flags, "--processed_dir", data, "--assets_dir", tmp_path)
@@ -515,6 +515,15 @@ def test_training_on_all_clips_is_a_model_without_a_test_beside_the_folds(assets
     evaluated = run_train(assets).stdout  # the folds are as they were, and so is their report
     assert epoch_lines(evaluated) == [] and "3 of 3 folds, 24 of 24 clips" in evaluated
     assert not list((assets / "results").glob("predictions_fold_none*"))
+
+
+def test_training_on_all_clips_beside_the_results_of_another_run_leaves_them(assets, run_train):
+    shutil.rmtree(assets / "checkpoints")
+    before = (assets / "results" / "run.json").read_bytes()
+    done = run_train(assets, "--folds", "none", "--epochs", 1, "--learning_rate", 0.01)
+    assert done.returncode == 0, done.stderr
+    assert "temperature" not in model_file.load_model(model_file.model_path(assets / "models", "none"))[1]
+    assert (assets / "results" / "run.json").read_bytes() == before
 
 
 # --- The protocol ------------------------------------------------------------------------------------------------
