@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one for each of pytest's workers; a fork of a process with more would hang
@@ -33,28 +31,19 @@ def miniature(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run_script():
-    """A function that runs a script: run_script("predict.py", "clip.wav") -> CompletedProcess, output as text.
-
-    A script in a folder, as "research/audit.py", runs as a module from the root.
-    """
-
-    def run(script, *arguments, env=None, **options):
-        path = Path(script)
-        module = ".".join([path.parent.name, path.stem])
-        program = ["-m", module] if len(path.parts) == 2 else [str(REPOSITORY / script)]
-        command = [sys.executable, *program, *map(str, arguments)]
-        env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **(env or {})}
-        return subprocess.run(command, capture_output=True, text=True, env=env, **options)
-
-    return run
-
-
-@pytest.fixture(scope="session")
 def scripts(tmp_path_factory):
-    """The same at once, for where starting Python is not the point: scripts.run("predict", "clip.wav")."""
+    """Runs of scripts, as a person's but without the imports: scripts.run("predict", "clip.wav"). See warm_start.py."""
     with WarmScripts(tmp_path_factory.mktemp("printed")) as scripts:
         yield scripts
+
+
+@pytest.fixture
+def words_of_python(tmp_path):
+    """Environment variables in which `python` prints the words after it, one a line, and does nothing."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    return {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -68,13 +69,13 @@ def test_compare_of_runs_that_do_not_fit_is_refused(tmp_path, change, named):
         evaluate.compare(a, b)
 
 
-@pytest.mark.parametrize("rc", [b"text.usetex: true\nbackend: TkAgg\nfigure.dpi: 7\n", b"\xff\xfe"])
-def test_command_reports_whatever_matplotlibrc_says(rc, tmp_path, run_script):
+def test_command_reports_whatever_matplotlibrc_says(tmp_path):
     write_run(tmp_path / "results")
     write_clips(tmp_path / "data")
-    (tmp_path / "matplotlibrc").write_bytes(rc)
-    variables = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "no such backend"}
-    done = run_script("evaluate.py", "--assets_dir", tmp_path, env=variables)
+    (tmp_path / "matplotlibrc").write_bytes(b"text.usetex: true\nfigure.dpi: 7\n\xff\xfe")
+    env = {**os.environ, "MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "no such backend"}
+    command = [sys.executable, REPOSITORY / "evaluate.py", "--assets_dir", tmp_path]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert f"accuracy {100 * results['accuracy_mean']:.1f} % ± {100 * results['accuracy_std']:.1f}" in done.stdout
@@ -150,7 +151,7 @@ def test_tampered_table_is_refused_or_reported(name, tmp_path):
     folder, draw = write_run(tmp_path / "results"), random.Random(0)
     rows = read_rows(folder / name)
     n_refused = 0
-    for _ in range(100):
+    for _ in range(50):
         changed = [list(row) for row in rows]
         row = draw.choice(changed)
         row[draw.randrange(len(row))] = draw.choice(
@@ -164,7 +165,7 @@ def test_tampered_table_is_refused_or_reported(name, tmp_path):
         except UserError as error:
             n_refused += 1
             assert name in str(error) and "\x1b" not in str(error)
-    assert n_refused > 30
+    assert n_refused > 15
 
 
 def test_numbers_are_written_before_the_first_picture(tmp_path):

@@ -165,27 +165,21 @@ def test_clip_that_the_model_has_trained_on_is_noted(miniature, run):
 # --- What is imported and printed --------------------------------------------------------------------------------
 
 
-def test_prediction_imports_nothing_that_it_does_not_use(assets, recording):
+def test_command_in_a_different_folder_on_a_terminal_of_ascii_imports_only_what_it_uses(assets, tmp_path):
+    path = tmp_path / "señal – ü.wav"
+    soundfile.write(path, sound(1), RATE)
     program = (
         "import sys, predict, utils\n"
-        f"sys.argv = ['predict.py', {str(recording)!r}, '--assets_dir', {str(assets)!r}]\n"
+        f"sys.argv = ['predict.py', {path.name!r}, '--model_dir', {str(assets / 'models')!r}]\n"
         "utils.run(predict.main)\n"
         "print(*sorted(sys.modules), file=sys.stderr)"
     )
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    modules = {name.split(".")[0] for name in done.stderr.split()}
-    assert {"torch", "soundfile"} <= modules and modules & SLOW_TO_IMPORT == set()
-
-
-def test_command_in_a_different_folder_on_a_terminal_of_ascii(assets, tmp_path, run_script):
-    path = tmp_path / "señal – ü.wav"
-    soundfile.write(path, sound(1), RATE)
-    flags = ("--model_dir", assets / "models")
-    done = run_script("predict.py", path.name, *flags, cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and done.stdout.startswith("se?al ? ?.wav (1.00 s)")
+    modules = {name.split(".")[0] for name in done.stderr.split()}
+    assert {"torch", "soundfile"} <= modules and modules & SLOW_TO_IMPORT == set()
 
 
 def test_quiet_top_k_and_standard_input(recording, assets, run):

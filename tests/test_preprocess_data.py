@@ -45,10 +45,10 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def processed(miniature, tmp_path_factory, run_script):
+def processed(miniature, tmp_path_factory, scripts):
     """(folder of the miniature's processed files, what the run printed). Read it, don't write."""
     assets = tmp_path_factory.mktemp("assets")
-    done = run_script("preprocess_data.py", "--assets_dir", assets, "--data_dir", miniature, "--workers", 2)
+    done = scripts.run("preprocess_data", "--assets_dir", assets, "--data_dir", miniature, "--workers", 2)
     assert (done.returncode, done.stderr) == (0, "")
     return assets / "data", done.stdout
 

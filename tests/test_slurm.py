@@ -1,31 +1,26 @@
-"""slurm.sh as a task of an array, as sbatch starts it, beside another process on the same folder."""
+"""slurm.sh as the tasks of an array: two processes at a time on one folder, as sbatch starts them."""
 
 import os
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 from conftest import REPOSITORY
 
 
-def test_array_tasks_share_the_folds_and_the_report_is_of_all(tmp_path, data, scripts):
+def test_array_tasks_share_the_folds_and_the_report_is_of_all(tmp_path, data, scripts, words_of_python):
+    """The words that the shell gives to Python, in two processes."""
     shutil.copytree(data, tmp_path / "data")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {**os.environ, "PATH": path, "ASSETS": str(tmp_path), "ENVIRONMENT": "/nowhere"}
+    env = {**os.environ, **words_of_python, "ASSETS": str(tmp_path), "ENVIRONMENT": "/nowhere"}
     env |= {"SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_PER_TASK": "1"}
-    flags = ("--epochs", "3", "--batch_size", "8")
-    command = ["bash", "research/slurm.sh", *flags]
-    with subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as task:
-        printed = ""
-        while "epoch 1/3" not in printed:
-            printed += (line := task.stdout.readline())
-            assert line
-        other = scripts.run("train", *flags, "--assets_dir", tmp_path)
-        printed += task.communicate()[0]
-    assert (task.returncode, other.returncode) == (0, 0)
-    tested = [re.findall(r"^fold (\d): tested", text, re.M) for text in (printed, other.stdout)]
-    assert sorted(tested[0] + tested[1]) == ["0", "1", "2"] and tested[0]
-    assert "3 of 3 folds, " in printed + other.stdout
+    command = ["bash", "research/slurm.sh", "--epochs", "1", "--batch_size", "8"]
+    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    script, *flags = done.stdout.splitlines()
+    assert script == "train.py"
+    tasks = [scripts.start("train", *flags, env={**env, "SLURM_ARRAY_TASK_ID": str(task)}) for task in range(2)]
+    done = [task.wait() for task in tasks]
+    assert [task.returncode for task in done] == [0, 0]
+    tested = [re.findall(r"^fold (\d): tested", task.stdout, re.M) for task in done]
+    assert sorted(tested[0] + tested[1]) == ["0", "1", "2"]
+    assert "3 of 3 folds, " in done[0].stdout + done[1].stdout  # twice, if one task starts after the other has finished
     assert (tmp_path / "results" / "report.md").is_file()

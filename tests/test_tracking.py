@@ -244,8 +244,8 @@ def test_frozen_service_does_not_hold_up_ctrl_c(start, env, tmp_path):
 # --- A sweep -------------------------------------------------------------------------------------------------------
 
 
-def test_sweep_runs_train_py_as_it_is(data, env, tmp_path):
-    """The agent's own code makes the command from sweep.yaml; the second point, as an agent runs it."""
+def test_sweep_runs_train_py_as_it_is(data, scripts, env, words_of_python, tmp_path):
+    """The agent's own code makes the command from sweep.yaml; the second point, as an agent's shell runs it."""
     from wandb.sdk.launch.sweeps import utils as sweeps
 
     sweep = sweeps.load_sweep_config(str(REPOSITORY / "research" / "sweep.yaml"))
@@ -257,8 +257,10 @@ def test_sweep_runs_train_py_as_it_is(data, env, tmp_path):
     parts = {**sweeps.create_sweep_command_args({"args": point}), "env": ["/usr/bin/env"], "program": ["train.py"]}
     command = [word for part in template for word in parts.get(part[2:-1], [part])]
     agent = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "point2", "SWEEP_DATA": str(data), "SWEEP_DIR": str(tmp_path)}
-    agent["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, env={**env, **agent})
+    agent = {**env, **agent, **words_of_python}
+    done = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True, env=agent)
+    script, *flags = done.stdout.splitlines()
+    assert script == "train.py" and scripts.run("train", *flags, env=agent).returncode == 0
     runs, state = read_runs(tmp_path / "point2"), state_of(tmp_path / "point2")
     assert {name: value["value"] for name, value in point.items()}.items() <= state["settings"].items()
     assert {name: file["run"][0].get("sweep_id") for name, (file,) in runs.items()} == {
