@@ -1,5 +1,6 @@
 """app.py through its page's API, on loopback. Skipped where Gradio is not installed (requirements-app.txt)."""
 
+import importlib.util
 import re
 import socket
 import subprocess
@@ -10,18 +11,21 @@ import pytest
 import soundfile
 from conftest import REPOSITORY
 
-pytest.importorskip("gradio", reason="Gradio is not installed: pip install -r requirements-app.txt")
-from gradio_client import Client, handle_file
-
 import app
 import classifier
+
+# Not imported where it is not used: it takes seconds.
+if not importlib.util.find_spec("gradio"):
+    pytest.skip("Gradio is not installed: pip install -r requirements-app.txt", allow_module_level=True)
 
 READY = REPOSITORY / "models" / "urban_sounds.onnx"
 
 
 @pytest.fixture(scope="module")
 def page():
-    """A gradio_client.Client of the running page."""
+    """A function that gives the running page a recording and returns what it answers."""
+    from gradio_client import Client, handle_file
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -29,14 +33,15 @@ def page():
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = next(line for line in process.stdout if "http" in line)
-            yield Client(re.search(r"http://127\.0\.0\.1:\d+", line)[0], verbose=False)
+            client = Client(re.search(r"http://127\.0\.0\.1:\d+", line)[0], verbose=False)
+            yield lambda path: client.predict(handle_file(path), api_name="/classify")
         finally:
             process.kill()
 
 
 def test_recording_is_answered_with_bars_picture_and_table(page, tmp_path):
     soundfile.write(tmp_path / "a b.wav", np.random.default_rng(0).normal(0, 0.1, 6 * 22_050), 22_050)
-    text, bars, picture, table, link = page.predict(handle_file(tmp_path / "a b.wav"), api_name="/classify")
+    text, bars, picture, table, link = page(tmp_path / "a b.wav")
     assert bars["label"] in text and len(bars["confidences"]) == 10
     assert picture and table["data"][0][2] == bars["label"] and "data:text/csv" in link
 
@@ -49,6 +54,6 @@ def test_recording_that_is_too_long_is_a_text(monkeypatch, tmp_path):
 
 def test_what_is_no_audio_is_a_text_and_no_traceback(page, tmp_path):
     (tmp_path / "a.wav").write_text("no sound")
-    text, *others = page.predict(handle_file(tmp_path / "a.wav"), api_name="/classify")
+    text, *others = page(tmp_path / "a.wav")
     assert "a.wav can't be decoded as audio" in text and str(tmp_path) not in text and "/" not in text.split("(")[0]
     assert others[1] is None

@@ -342,18 +342,13 @@ def harm_ahead(assets):
     path.write_bytes(blob)
 
 
-def harm_missing(assets):
-    undo_fold(assets, 2, 2)
-    (assets / "checkpoints" / "training_state.json").unlink()
-
-
 def harm_another_run(assets):
     undo_fold(assets, 2, 2)
     state = json.loads((assets / "checkpoints" / "training_state.json").read_text())
     write_state(assets, run_id="deadbeef", settings={**state["settings"], "seed": 99})
 
 
-@pytest.mark.parametrize("harm", [harm_ahead, harm_missing, harm_another_run])
+@pytest.mark.parametrize("harm", [harm_ahead, harm_another_run])
 def test_the_checkpoints_decide(harm, reference, assets, run_train):
     harm(assets)
     done = run_train(assets)
@@ -395,13 +390,6 @@ def test_report_after_a_new_run_leaves_the_files_of_the_one_before_out(assets, r
     assert len(json.loads((assets / "results" / "results.json").read_text())["per_fold"]) == 1
 
 
-def test_fold_after_fold_gives_what_all_at_once_gives(reference, run_train, tmp_path):
-    for folds in ("1", "0,2"):
-        done = run_train(tmp_path, "--folds", folds)
-        assert done.returncode == 0, done.stderr
-    assert_same_files(tmp_path, reference[0])
-
-
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -425,48 +413,51 @@ def test_changed_data_are_refused(assets, scripts, tmp_path, random_data):
     assert "data was" in line
 
 
-def test_checkpoint_of_another_network_is_refused(assets, reference, run_train):
+def change_checkpoint(assets, change):
+    """Take fold 0 back by an epoch and change the checkpoint that is then its newest."""
     undo_fold(assets, 0, 2)
     path = assets / "checkpoints" / "fold_0" / "epoch_2.pt"
     content = checkpoint.read_pt(path)
-    content["model"]["logits.bias"] = torch.zeros(7)
+    change(content)
     checkpoint.write_pt(path, content)
+
+
+def test_checkpoint_of_another_network_is_refused(assets, run_train):
+    change_checkpoint(assets, lambda content: content["model"].update({"logits.bias": torch.zeros(7)}))
     line = refusal(run_train(assets))
     assert "--fresh" in line
     assert "logits.bias is float32 (7,), not float32 (2,)" in line
 
 
-def forge_shape(state):
-    state[0]["exp_avg"] = torch.zeros(1)
+def change_moment(change):
+    """Return a change of a checkpoint: of one moment of its optimizer."""
+
+    def change_it(content):
+        moments = content["optimizer"]["state"][0]
+        moments["exp_avg"] = change(moments["exp_avg"])
+
+    return change_it
 
 
 def test_moments_that_share_memory_get_their_own(assets, run_train):
-    undo_fold(assets, 0, 2)
-    path = assets / "checkpoints" / "fold_0" / "epoch_2.pt"
-    content = checkpoint.read_pt(path)
-    moments = content["optimizer"]["state"][0]
-    moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)  # one number in memory
-    checkpoint.write_pt(path, content)
+    change_checkpoint(assets, change_moment(lambda tensor: torch.zeros(1).expand(tensor.shape)))
     done = run_train(assets)
     assert done.returncode == 0, done.stderr
     assert epoch_lines(done.stdout) == [(0, 3)]
 
 
-def forge_type(state):
-    state[0]["exp_avg_sq"] = state[0]["exp_avg_sq"].to(torch.int8)
-
-
-def forge_layout(state):
-    state[0]["exp_avg"] = state[0]["exp_avg"].to("meta")
-
-
-@pytest.mark.parametrize("forge", [forge_shape, forge_type, forge_layout, dict.clear])
-def test_checkpoint_whose_optimizer_does_not_fit_is_refused(forge, assets, run_train):
-    undo_fold(assets, 0, 2)
-    path = assets / "checkpoints" / "fold_0" / "epoch_2.pt"
-    content = checkpoint.read_pt(path)
-    forge(content["optimizer"]["state"])
-    checkpoint.write_pt(path, content)
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_moment(lambda tensor: torch.zeros(1)),
+        change_moment(lambda tensor: tensor.to(torch.int8)),
+        change_moment(lambda tensor: tensor.to("meta")),
+        lambda content: content["optimizer"]["state"].clear(),
+    ],
+    ids=["shape", "type", "no memory", "none"],
+)
+def test_checkpoint_whose_optimizer_does_not_fit_is_refused(change, assets, run_train):
+    change_checkpoint(assets, change)
     assert "fold_0 does not fit the network: --fresh starts again" in refusal(run_train(assets))
 
 
@@ -480,19 +471,13 @@ def test_fresh_of_one_fold_keeps_the_others(assets, reference, run_train):
     assert_same_files(assets, reference[0])
 
 
-def test_fresh_on_data_of_fewer_folds_removes_the_folds_that_are_gone(assets, scripts, random_data, tmp_path):
+def test_fresh_with_other_settings_and_fewer_folds_starts_again(assets, scripts, random_data, tmp_path):
     random_data(tmp_path / "data", n_folds=2)
-    done = scripts.run(
-        "train", *TRAIN, "--processed_dir", tmp_path / "data", "--assets_dir", assets, "--fresh", "--validation", "none"
-    )
+    flags = ("--fresh", "--epochs", 1, "--validation", "none", "--processed_dir", tmp_path / "data")
+    done = scripts.run("train", *TRAIN, *flags, "--assets_dir", assets)
     assert done.returncode == 0, done.stderr
+    assert epoch_lines(done.stdout) == [(0, 1), (1, 1)]
     assert not [name for name in files_of(assets) if "fold_2" in name and not name.endswith(".lock")]
-
-
-def test_fresh_with_other_settings_starts_again(assets, run_train):
-    done = run_train(assets, "--fresh", "--epochs", 1, "--validation", "none")
-    assert done.returncode == 0, done.stderr
-    assert epoch_lines(done.stdout) == [(fold, 1) for fold in FOLDS]
     assert not list(assets.rglob("epoch_3.*"))
     assert model_file.load_model(model_file.model_path(assets / "models", 0))[1]["settings"]["epochs"] == 1
 
@@ -604,14 +589,11 @@ def test_missing_processed_files_name_the_command(scripts, data, tmp_path):
     ("flags", "named"),
     [
         (("--epochs", "0"), "epochs is 0: it must be from 1 to 100000"),
-        (("--epochs", "999999999999999999"), "epochs is 999999999999999999: it must be from 1 to 100000"),
-        (("--epochs", "1.5"), "invalid int value: '1.5'"),
         (("--learning_rate", "nan"), "learning_rate is nan: it must be from 1e-09 to 1000000.0"),
         (("--folds", "5-3"), "'5-3' is not a fold; folds are 0 to 9"),
         (("--folds", "7"), "--folds [7] have no clips"),
         (("--validation", "sometimes"), "'sometimes'"),
         (("--device", "toaster"), "device 'toaster' can't be used here"),
-        (("--device", "meta"), "device 'meta' can't be used here"),
         (("--model", "SharedAudioCNN", "--crop_frames", "20"), "SharedAudioCNN can't take 128 mel bands, 20 frames ("),
     ],
 )
