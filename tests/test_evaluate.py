@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -168,14 +169,13 @@ def test_tampered_table_is_refused_or_reported(name, tmp_path):
     assert n_refused > 15
 
 
-def test_numbers_are_written_before_the_first_picture(tmp_path):
+def test_numbers_are_written_before_the_first_picture(tmp_path, scripts):
     folder = write_run(tmp_path / "results")
-    command = [sys.executable, REPOSITORY / "evaluate.py", "--assets_dir", tmp_path]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while not list(folder.glob("confusion_matrix.png*")):
-            assert process.poll() is None
-            time.sleep(0.002)
-        process.kill()
+    run = scripts.start("evaluate", "--assets_dir", tmp_path)
+    while not list(folder.glob("confusion_matrix.png*")):
+        assert not run.ended()
+        time.sleep(0.002)
+    assert run.kill() and run.wait().returncode == -signal.SIGKILL
     assert len(json.loads((folder / "results.json").read_text())["per_fold"]) == 3
     assert "accuracy" in (folder / "report.md").read_text()
 
