@@ -4,6 +4,8 @@ A network takes log-mel spectrograms as they are stored, in dB, and gives logits
 in training, testing and prediction. A new network is a class here and a name in MODELS.
 """
 
+import hashlib
+
 import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d
@@ -152,6 +154,12 @@ def build_model(settings, n_classes, audio):
             module.is_fast = settings["fast_blocks"]
     check_shape(network, audio.shape)
     return network.to(memory_format=torch.channels_last)
+
+
+def digest(network):
+    """Return a short hash of a network's layers, and of its weights' names and shapes: it tells an edit of a layer."""
+    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    return hashlib.blake2b(f"{network} {shapes}".encode(), digest_size=4).hexdigest()
 
 
 @torch.inference_mode()

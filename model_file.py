@@ -6,6 +6,7 @@ before a network is loaded.
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import utils
@@ -69,7 +70,7 @@ def load_model(path, device="cpu"):
     """
     from safetensors import SafetensorError, safe_open
 
-    from model import MODELS, build_model  # and with it torch, which takes seconds
+    from model import MODELS, build_model, digest  # and with it torch, which takes seconds
 
     path = Path(path)
     if not path.is_file():
@@ -84,13 +85,19 @@ def load_model(path, device="cpu"):
     audio = check_info(path, info)
     if info["model"] not in MODELS:
         raise UserError(f"{path} is of a network {utils.one_line(info['model'])!r}; model.py has {', '.join(MODELS)}")
-    settings = {"model": info["model"], "block_dropout": 0.0, "head_dropout": 0.0, "fast_blocks": False}
+    trained = info["settings"] if isinstance(info.get("settings"), dict) else {}
+    dropouts = {name: trained.get(name) for name in ("block_dropout", "head_dropout")}  # for the digest alone
+    dropouts = {name: p if type(p) in (int, float) and 0 <= p < 1 else 0.0 for name, p in dropouts.items()}
+    settings = {"model": info["model"], **dropouts, "fast_blocks": False}
     try:
         network = build_model(settings, len(info["class_names"]), audio)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     check_state(path, state, network.state_dict())
     network.load_state_dict(state)
+    if trained.get("network") not in (None, digest(network)):  # no error: a PyTorch may name a layer's settings anew
+        reason = f"{path} was trained with other layers than model.py has now, so its answers may be wrong"
+        print(f"note: {reason}: take the edit back, or run python train.py --fresh", file=sys.stderr)
     return network.to(device).eval(), info
 
 

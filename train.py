@@ -17,7 +17,6 @@ epoch that VALIDATION (config.py) chose.
 
 import dataclasses
 import datetime
-import hashlib
 import math
 import os
 import signal
@@ -107,9 +106,7 @@ def training_settings(args, data):
             raise UserError(f"{name} is {settings[name]!r}: it must be from {low} to {high} (config.py or --{name})")
     network = model.build_model(settings, len(data.class_names), data.audio)
     model.check_shape(network, (data.audio.n_mels, augment.crop_length(data.audio.n_frames, settings)))
-    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    # After an edit of the network, an earlier run is not resumed.
-    settings["network"] = hashlib.blake2b(f"{network} {shapes}".encode(), digest_size=4).hexdigest()
+    settings["network"] = model.digest(network)  # after an edit of the network, an earlier run is not resumed
     settings["data"] = data.info["fingerprint"]
     return settings
 

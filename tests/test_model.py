@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -256,6 +257,24 @@ def test_weights_that_do_not_fit_are_named(change, named, path, state):
 def test_metadata_that_can_not_be_are_named(change, named, path, state):
     model_file.save_model(path, state, {**INFO, **change})
     assert named in refusal(path)
+
+
+def test_model_of_an_edited_network_is_noted(tmp_path, monkeypatch, capsys):
+    network = build("SharedAudioCNN", block_dropout=0.1, head_dropout=0.5)
+    trained = {"block_dropout": 0.1, "head_dropout": 0.5, "network": model.digest(network)}
+    info = {**INFO, "model": "SharedAudioCNN", "audio": dataclasses.asdict(DEFAULT), "settings": trained}
+    info |= {"class_names": list(map(str, range(10))), "class_ids": list(range(10))}
+    path = tmp_path / "a.safetensors"
+    model_file.save_model(path, network.state_dict(), info)
+    for unedited in (path, REPOSITORY / "models" / "urban_sounds.safetensors"):
+        model_file.load_model(unedited)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(model.SharedAudioCNN, "pools", ((2, 2), (2, 2), (2, 4)))  # the same weights
+    model_file.load_model(path)
+    assert f"note: {path} was trained with other layers than model.py has now" in capsys.readouterr().err
+    for damaged in ("x", {"block_dropout": "x", "head_dropout": 10**400, "network": ["x"]}):
+        model_file.save_model(path, network.state_dict(), {**info, "settings": damaged})
+        model_file.load_model(path)
 
 
 def header_of(blob):
