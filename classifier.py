@@ -6,11 +6,15 @@
     vector = model.embed("street.wav")  # (128,), what the last hidden layer says
 
 A .safetensors file is computed by torch. An .onnx file, which export.py makes, is computed by onnxruntime: the same
-answers without the seconds that torch takes to import.
+answers without the seconds that torch takes to import. An .onnx file is a program: a stranger's may take any time and
+memory, which a .safetensors file can't.
 """
 
 import itertools
 import json
+import numbers
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -25,6 +29,9 @@ from reports.answers import Answer
 from utils import UserError
 
 READY_MODEL = Path(__file__).resolve().parent / "models" / "urban_sounds.onnx"  # comes along: models/README.md
+MAX_SUM_ERROR = 1e-3  # of a distribution
+LOOPS = re.compile(rb"(?:[\x04\x0b]|[\x84\x8b]\x80*\0)(Loop|Scan|SequenceMap)")  # in an .onnx file: length and operator
+SILENT = "it is silent: its samples do not change. Check the recording"
 VALUES_AT_ONCE = 180_000  # features in one pass of the network: 8 windows; more are no faster and take more memory
 
 # --- Which models ------------------------------------------------------------------------------------------------
@@ -75,6 +82,15 @@ def open_models(paths):
     return OnnxClassifier(paths[0])
 
 
+def check_one_run(paths, infos):
+    """Raise a UserError if models, by their files' metadata, are not of one run."""
+    for path, info in zip(paths, infos, strict=True):
+        for key in ("class_names", "audio", "settings"):
+            if info.get(key) != infos[0].get(key):
+                reason = f"{path} and {paths[0].name} differ in {key}, so they are not of one run"
+                raise UserError(f"{reason}: name one fold, or train the others again")
+
+
 # --- One recording -----------------------------------------------------------------------------------------------
 
 
@@ -92,25 +108,35 @@ class Classifier:
     def __call__(self, recording, rate=None):
         """Return the Answer to a recording: a path, or samples (n,) or (n, channels) at `rate` Hz.
 
-        UserError for what can't be decoded, has no sound or is silent.
+        Full scale of samples is 1, or the range of their type if they are whole numbers. UserError for what can't be
+        decoded, has no sound or is silent.
         """
         return self.classify(self.blocks(recording, rate))
 
     def embed(self, recording, rate=None):
-        """Return what the last hidden layer says of a recording, (size,) float32: the mean over its windows."""
-        groups = self.groups(windows(self.blocks(recording, rate), *self.window_samples()))
-        return np.concatenate([self.embeddings([samples for _, samples in group]) for group in groups]).mean(axis=0)
+        """Return what the last hidden layer says of a recording, (size,) float32: the mean over windows with sound."""
+        found = windows(self.blocks(recording, rate), *self.window_samples())
+        groups = self.groups(samples for _, samples in found if not is_silent(samples))
+        if not (rows := [self.embeddings(group) for group in groups]):  # (B, size) each
+            raise UserError(SILENT)
+        vector = np.concatenate(rows).mean(axis=0)
+        if not np.isfinite(vector).all():
+            raise UserError("the model gives no numbers for it: train or fetch the model again")
+        return vector
 
     def blocks(self, recording, rate):
         """Return an iterable of a recording's mono samples at the model's rate."""
-        if rate is None:
+        is_path, name = isinstance(recording, (str, os.PathLike)), "the array of samples"
+        if is_path != (rate is None) or not isinstance(rate, (numbers.Real, type(None))):
+            raise UserError(f"rate is {rate!r}: pass a path alone, or samples and their rate in Hz: (samples, 44_100)")
+        if is_path:
             return stream_audio(recording, self.audio.sample_rate)
-        samples = np.asarray(recording)
-        samples = samples.reshape(len(samples), -1)  # (n, channels)
-        samples = samples if samples.dtype == np.int16 else samples.astype(np.float32)
-        name = "the array of samples"
+        samples = as_samples(recording, name)
         check_rate(name, rate, samples.shape[1])
-        return [soxr.resample(mono, rate, self.audio.sample_rate) for mono in checked(iter([samples]), name, None)]
+        resampled = soxr.resample(next(checked(iter([samples]), name, None)), rate, self.audio.sample_rate)  # (n,)
+        if not resampled.size:
+            raise UserError(f"{name} is too short: no sample is left at {self.audio.sample_rate} Hz. Pass more")
+        return [resampled]
 
     def classify(self, blocks, window_seconds=None, hop_seconds=None, watch=None):
         """Return the Answer to a recording, which is streamed through windows.
@@ -121,9 +147,10 @@ class Classifier:
         edges, rows, levels = [], [], []
         for group in self.groups(windows(blocks, *self.window_samples(window_seconds, hop_seconds))):
             distributions = self.probabilities([samples for _, samples in group])  # (B, classes)
-            if not np.isfinite(distributions).all():
+            sums = distributions.sum(axis=1, dtype=np.float64)
+            if not ((distributions >= 0).all() and (np.abs(sums - 1) <= MAX_SUM_ERROR).all()):  # nor is NaN
                 raise UserError("the model gives no probabilities for it: train or fetch the model again")
-            distributions[[not samples.any() for _, samples in group]] = np.nan  # silence
+            distributions[[is_silent(samples) for _, samples in group]] = np.nan
             rows.append(distributions)
             for (start, samples), distribution in zip(group, distributions, strict=True):
                 edges.append((start, start + len(samples)))
@@ -132,7 +159,7 @@ class Classifier:
                     watch(start, samples, distribution)
         distributions = np.concatenate(rows)  # (windows, classes)
         if np.isnan(distributions).all():
-            raise UserError("it is silent: every sample is zero. Check the recording")
+            raise UserError(SILENT)
         starts, ends = np.array(edges).T / self.audio.sample_rate  # (windows,) s each
         return Answer(
             self.info["class_names"], float(ends[-1]), starts, ends, distributions, np.array(levels), notes=[]
@@ -159,16 +186,34 @@ class Classifier:
         return tuple(max(round(seconds * self.audio.sample_rate), 1) for seconds in (window_seconds, hop_seconds))
 
 
+def as_samples(values, name):
+    """Return an array of samples as (n, channels), int16 or float32 with full scale 1. UserError for what is none."""
+    samples = np.asarray(values)
+    is_whole = samples.dtype.kind in "iu" and samples.itemsize <= 4  # int64 is no format of sound: no scale is known
+    if not (is_whole or samples.dtype.kind == "f") or samples.ndim not in (1, 2) or not samples.size:
+        reason = f"{name} is of type {samples.dtype} and shape {samples.shape}"
+        raise UserError(f"{reason}: pass (n,) or (n, channels) of floats up to 1, or of whole numbers of 8 to 32 bits")
+    samples = samples.reshape(len(samples), -1)
+    if samples.dtype == np.int16:
+        return samples
+    if is_whole:
+        half = 2.0 ** (8 * samples.itemsize - 1)
+        samples = samples / half - (samples.dtype.kind == "u")  # silence is in the middle of an unsigned type
+    return samples.astype(np.float32)
+
+
+def is_silent(samples):
+    """Return whether the samples of a window do not change: all zero, or the offset of a converter alone."""
+    return np.ptp(samples) == 0
+
+
 class TorchClassifier(Classifier):
     """The mean of networks from .safetensors files, .networks, all of one run."""
 
     def __init__(self, paths):
         loaded = [load_model(path) for path in paths]
         self.networks, infos = [network for network, _ in loaded], [info for _, info in loaded]
-        for path, info in zip(paths, infos, strict=True):
-            for key in ("class_names", "audio", "settings"):
-                if info.get(key) != infos[0].get(key):
-                    raise UserError(f"{path} and {paths[0].name} differ in {key}, so they have no mean: --fold_num N")
+        check_one_run(paths, infos)
         super().__init__(paths, infos)
 
     def features(self, found):
@@ -203,7 +248,10 @@ class OnnxClassifier(Classifier):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # its errors come as exceptions, and the rest is of no use here
         try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            content = path.read_bytes()
+            if found := LOOPS.search(content):  # which not even Ctrl-C would stop
+                raise UserError(f"it loops, by the operator {found[1].decode()}")
+            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
             texts = self.session.get_modelmeta().custom_metadata_map
             info = {key: json.loads(text) for key, text in texts.items()}
             outputs = {output.name for output in self.session.get_outputs()}
@@ -225,9 +273,13 @@ class OnnxClassifier(Classifier):
         return self.run("embedding", found)
 
     def run(self, output, found):
-        """Return an output of the file for windows, (B, ...)."""
+        """Return an output of the file for windows, (B, size) of floats."""
         try:
             each = [self.session.run([output], {"samples": samples[None]})[0] for samples in found]
         except Exception as error:
             raise UserError(f"{self.names[0]} fails ({utils.one_line(error)}): export it again") from error
+        size = len(self.info["class_names"]) if output == "probabilities" else np.size(each[0])
+        for row in each:
+            if not (isinstance(row, np.ndarray) and row.dtype.kind == "f" and row.shape == (1, size)):
+                raise UserError(f"{self.names[0]} gives no {output} of shape (1, {size}): export it again")
         return np.concatenate(each)

@@ -119,6 +119,8 @@ def main():
     if len(paths) > 1 or paths[0].suffix == ".onnx":
         raise UserError(f"{paths[0]}: name one .safetensors file with --model_dir, or one fold with --fold_num")
     model, output = TorchClassifier(paths), utils.output_path(args.output, paths[0].with_suffix(".onnx").name)
+    if output.resolve() == paths[0].resolve():
+        raise UserError(f"--output {output} is the model itself: name another file")
     content = onnx_bytes(model)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "model.onnx"

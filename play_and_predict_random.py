@@ -18,7 +18,7 @@ import config
 import data_loader
 import utils
 from audio import read_audio
-from classifier import load
+from classifier import check_one_run, load
 from model_file import find_model, folds_in
 from reports import answers
 from services import sound
@@ -84,12 +84,9 @@ def play(samples, rate):
         print(f"not played: {error}")
 
 
-def present(clip, model_dir, is_silent):
-    """Play one clip, print bars and truth, and return whether the answer is right."""
-    fold = int(clip["fold"]) - 1
-    path = find_model(model_dir, fold)
-    model = load(path)
-    info = model.info
+def present(clip, path, model, is_silent):
+    """Play one clip, print bars and truth, and return whether the answer is right. path: of its fold's model."""
+    fold, info = int(clip["fold"]) - 1, model.info
     trained_on = info.get("training_folds")
     if not isinstance(trained_on, list):
         raise UserError(f"{path} does not say which folds it was trained on: python train.py makes one that does")
@@ -120,9 +117,13 @@ def main():
     if args.count > len(clips):
         print(f"there are {len(clips)} such clips, not {args.count}")
     chosen = random.Random(args.seed).sample(range(len(clips)), min(args.count, len(clips)))
+    paths = {fold: find_model(model_dir, fold - 1) for fold in sorted(set(clips["fold"].iloc[chosen]))}
+    models = {fold: load(path) for fold, path in paths.items()}
+    check_one_run(list(paths.values()), [model.info for model in models.values()])  # they share a score
     n_right = 0
     for n, row in enumerate(chosen, start=1):
-        n_right += present(clips.iloc[row], model_dir, args.no_play)
+        clip = clips.iloc[row]
+        n_right += present(clip, paths[clip["fold"]], models[clip["fold"]], args.no_play)
         if args.count > 1:
             print(f"score: {n_right} of {n} right ({n_right / n:.0%})\n")
 

@@ -1,5 +1,6 @@
 """export.py and classifier.py: one .onnx file, the ready model, and three lines of Python."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import soundfile
@@ -37,6 +39,16 @@ def exported(request, tmp_path_factory, scripts):
     return model, folder / "a.onnx"
 
 
+def test_export_over_its_model_is_refused(scripts, tmp_path):
+    content = write_model(tmp_path, 1).read_bytes()
+    path, again = tmp_path / "model_fold_1_best.safetensors", tmp_path / "link"
+    again.symlink_to(path)
+    for output in (path, again):
+        done = scripts.run("export", "--model_dir", path, "--output", output)
+        assert done.returncode == 2 and f"--output {output} is the model itself" in done.stderr
+    assert path.read_bytes() == content
+
+
 @pytest.fixture
 def recording(tmp_path):
     rng = np.random.default_rng(0)
@@ -46,7 +58,7 @@ def recording(tmp_path):
 
 def test_onnx_file_answers_as_its_model_does(exported, recording):
     one, other = map(load, exported)
-    for each in (recording, np.ones(1, np.float32), np.sin(np.arange(3000)).astype(np.float32)):
+    for each in (recording, np.array([1, -1], np.float32), np.sin(np.arange(3000)).astype(np.float32)):
         answers = [model(each, None if each is recording else RATE) for model in (one, other)]
         np.testing.assert_allclose(answers[0].windows, answers[1].windows, atol=1e-3)
         assert answers[0].timeline[0][:3] == answers[1].timeline[0][:3]
@@ -90,7 +102,48 @@ def test_ready_model_answers_where_nothing_is_trained(scripts, recording, tmp_pa
 def test_samples_are_what_the_file_is(exported, recording):
     model = load(exported[0])
     samples, rate = soundfile.read(recording, dtype="int16")
-    np.testing.assert_allclose(model(samples, rate).windows, model(recording).windows, atol=1e-4)
+    expected = model(recording).windows
+    whole = samples.astype(np.int32)  # of 16 bits; as 32, 8 and unsigned ones
+    for each in (samples, whole << 16, (whole << 16).astype(">i4"), (whole + 32_768).astype(np.uint16), whole / 32_768):
+        np.testing.assert_allclose(model(each, rate).windows, expected, atol=1e-4)
+    high = (whole >> 8 << 8).astype(np.int16)
+    as_bytes = ((whole >> 8) + 128).astype(np.uint8)
+    np.testing.assert_allclose(model(as_bytes, rate).windows, model(high, rate).windows, atol=1e-4)
+
+
+NOISE = np.random.default_rng(0).normal(0, 0.1, RATE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((NOISE,), "pass a path alone, or samples and their rate"),
+        (("street.wav", RATE), "pass a path alone, or samples and their rate"),
+        ((NOISE, str(RATE)), "rate is '22050': pass"),
+        ((NOISE, float("nan")), "says nan Hz"),
+        ((NOISE[:0], RATE), r"shape \(0,\): pass"),
+        ((0.5, RATE), r"shape \(\): pass"),
+        ((NOISE[:4].reshape(1, 2, 2), RATE), r"shape \(1, 2, 2\): pass"),
+        ((NOISE > 0, RATE), "is of type bool"),
+        ((NOISE.astype(complex), RATE), "is of type complex128"),
+        ((["a", "b"], RATE), "is of type <U1"),
+        (([1, 2, 3], RATE), "is of type int64"),
+        ((NOISE[:5], 1_000_000), "is too short"),
+        ((np.zeros(RATE), RATE), "is silent"),
+        ((np.full(9 * RATE, 0.1), RATE), "is silent"),
+    ],
+)
+def test_what_is_no_recording_is_refused_in_python_too(arguments, named):
+    model = load(READY)
+    for ask in (model, model.embed):
+        with pytest.raises(UserError, match=named):
+            ask(*arguments)
+
+
+def test_silent_windows_are_not_in_the_vector():
+    model, samples = load(READY), np.concatenate([np.tile(NOISE, 4), np.zeros(8 * RATE)])
+    heard = [model.embed(samples[start * RATE :][: 4 * RATE], RATE) for start in (0, 2)]
+    np.testing.assert_allclose(model.embed(samples, RATE), np.mean(heard, axis=0), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +152,62 @@ def test_samples_are_what_the_file_is(exported, recording):
         (lambda data: data[: len(data) // 2], "is not a readable .onnx file"),
         (lambda data: data.replace(b"class_names", b"class_nomes"), "its metadata lacks class_names"),
         (lambda data: data.replace(b"samples", b"snmples"), "does not take samples"),
+        (lambda data: data + b'"\x84\x80\x00Scan', "by the operator Scan"),  # a length may be written with more bytes
     ],
 )
 def test_damaged_onnx_file_is_named(spoil, named, tmp_path):
     (tmp_path / "a.onnx").write_bytes(spoil(READY.read_bytes()))
     with pytest.raises(UserError, match=named):
         classifier.load(tmp_path / "a.onnx")
+
+
+def write_onnx(path, values, operator="Identity", inputs=(), **attributes):
+    """Write an .onnx file with the ready model's metadata, whose two outputs are `values` by way of an operator."""
+    helper, ready = onnx.helper, onnx.load(READY)
+    kind = onnx.TensorProto.STRING if values.dtype == object else helper.np_dtype_to_tensor_dtype(values.dtype)
+    names = "probabilities", "embedding"
+    nodes = [helper.make_node(operator, [*inputs, "values"], [name], **attributes) for name in names]
+    outputs = [helper.make_tensor_value_info(name, kind, None) for name in names]
+    constants = {"values": values, "three": np.array(3)}
+    constants = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "graph", ready.graph.input, outputs, constants)
+    model = helper.make_model(graph, opset_imports=ready.opset_import, ir_version=ready.ir_version)
+    model.metadata_props.extend(ready.metadata_props)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "embeds"),
+    [
+        (np.full((1, 12), 1 / 12, np.float32), True),
+        (np.eye(1, 10, dtype=np.float32) * 50, True),
+        (np.array([[-1, 2, *[0] * 8]], np.float32), True),
+        (np.full((1, 10), np.nan, np.float32), False),
+        (np.full(10, 0.1, np.float32), False),
+        (np.float32(0.1), False),
+        (np.full((2, 10), 0.1, np.float32), False),
+        (np.zeros((0, 10), np.float32), False),
+        (np.eye(1, 10, dtype=np.int64), False),
+        (np.array([["a"] * 10], object), False),
+    ],
+)
+def test_onnx_file_that_gives_no_distribution_is_refused(values, embeds, tmp_path):
+    model = load(write_onnx(tmp_path / "a.onnx", np.asarray(values)))
+    with pytest.raises(UserError, match="gives no"):
+        model(NOISE, RATE)
+    with contextlib.nullcontext() if embeds else pytest.raises(UserError, match="gives no"):
+        model.embed(NOISE, RATE)
+
+
+def test_onnx_file_that_loops_is_refused(tmp_path):
+    helper, values = onnx.helper, np.full((1, 10), 0.1, np.float32)
+    load(write_onnx(tmp_path / "a.onnx", values))(NOISE, RATE)
+    kinds = {"turn": onnx.TensorProto.INT64, "go": onnx.TensorProto.BOOL, "x": onnx.TensorProto.FLOAT}
+    inputs = [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()]
+    outputs = [helper.make_tensor_value_info(f"next_{name}", kinds[name], None) for name in ("go", "x")]
+    nodes = [helper.make_node("Identity", [name], [f"next_{name}"]) for name in ("go", "x")]
+    body = helper.make_graph(nodes, "body", inputs, outputs)
+    path = write_onnx(tmp_path / "b.onnx", values, "Loop", ["three", ""], body=body)
+    with pytest.raises(UserError, match="it loops, by the operator Loop"):
+        load(path)

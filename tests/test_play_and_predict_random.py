@@ -98,6 +98,14 @@ def test_model_that_has_trained_on_the_clips_is_refused(show, tmp_path):
     assert "(optimistic: its epoch was chosen on this fold)" in done.stdout
 
 
+def test_score_over_models_of_two_runs_is_refused(show, tmp_path):
+    write_model(tmp_path, 0, training_folds=[2], settings={"seed": 0})
+    write_model(tmp_path, 2, training_folds=[1], settings={"seed": 1})
+    done = show("--no_play", "--count", 100, model_dir=tmp_path)
+    assert done.returncode == 2 and "differ in settings, so they are not of one run" in done.stderr
+    assert "score" not in done.stdout
+
+
 @ON_LINUX
 def test_without_sound_it_predicts_all_the_same(miniature, models):
     flags = ["--data_dir", str(miniature), "--model_dir", str(models), "--count", "3", "--fold", "0"]
