@@ -11,8 +11,8 @@
 Prints the class, its confidence and the whole distribution as bars, the most likely class first. Any format, rate and
 channel count that soundfile can decode, or ffmpeg where it is installed. A recording longer than a clip (4 s) is
 streamed through windows of 4 s that overlap by half: the surest and loudest of them say what the recording is, and a
-timeline says what sounds when. The model file is all that it needs. A recording that can't be predicted is named at
-the end, after the others are done, and makes the exit status 2.
+timeline says what sounds when. The model file is all that it needs. A recording that can't be predicted, or whose files
+can't be written, is named at the end, after the others are done, and makes the exit status 2.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -43,6 +42,7 @@ from utils import UserError
 __all__ = ["load"]  # for Python: see classifier.py
 
 OUTPUTS = {"labels": ".txt", "plot": ".png", "explain": ".why.png"}  # flags that write a file for each recording
+MAX_PIPE = 8_000_000_000  # bytes of a recording that comes through a pipe: 11 h at 48 kHz, 16 bits, two channels
 MAX_NAME = 200  # bytes of a file name that is made from a recording's
 
 # --- What to predict -----------------------------------------------------------------------------------------------
@@ -123,13 +123,19 @@ def opened(recording):
         return
     if recording == "-" and (sys.stdin is None or sys.stdin.isatty()):
         raise UserError("nothing comes through standard input: cat recording.wav | python predict.py -")
+    name, source = name_of(recording), 0 if recording == "-" else str(recording)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "standard input"
         try:
-            with open(path, "wb") as file, open(0 if recording == "-" else recording, "rb") as pipe:
-                shutil.copyfileobj(pipe, file)
+            with open(source, "rb") as pipe, utils.naming(path), open(path, "wb") as file:
+                while block := pipe.read(1 << 20):
+                    if file.tell() + len(block) > MAX_PIPE:
+                        raise UserError(f"{name} is over {MAX_PIPE / 1e9:g} GB: cut it")
+                    file.write(block)
         except OSError as error:
-            reason = f"{name_of(recording)} can't be copied to {folder}: {error.strerror}"
+            if error.filename == source:
+                raise UserError(f"{name} can't be read ({error.strerror}): check where it comes from") from error
+            reason = f"{name} can't be copied to {folder}: {error.strerror}"
             raise UserError(f"{reason}. Make room there, or name another folder with TMPDIR") from error
         yield path
 
@@ -152,14 +158,37 @@ def answer_to(recording, model, args, sketch):
             try:
                 answer = model.classify(stream_audio(path, rate), args.window_seconds, args.hop_seconds, watch)
             except UserError as error:
-                raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+                name, text = name_of(recording), str(error).replace(str(path), name_of(recording))
+                raise UserError(text if name in text else f"{name}: {text}") from error
         note = answers.known_clip_note(path, model.infos, args.assets_dir, args.processed_dir)
         answer.notes += [note] if note else []
     return answer
 
 
-def predict_file(recording, model, args, outputs):
-    """Predict one recording: print the answer and write `outputs`, {flag: path}. Return its timeline."""
+def files_to_write(args, recordings, model_paths):
+    """Return (the files to write for each recording, {flag: path}; the path of the table, or None).
+
+    UserError if one would be written over a recording, a model or another one, or if several recordings have one file.
+    """
+    many, flags = len(recordings) > 1, {flag: path for flag in OUTPUTS if (path := getattr(args, flag))}
+    for flag, path in flags.items():
+        if many and utils.home_path(path).exists() and not utils.home_path(path).is_dir():
+            raise UserError(f"--{flag} {path} is a file, and {len(recordings)} recordings need a folder: name one")
+    table = utils.output_path(args.csv, "timelines.csv") if args.csv else None
+    outputs = [
+        {flag: utils.output_path(path, name + OUTPUTS[flag], many) for flag, path in flags.items()}
+        for name in file_names(recordings)
+    ]
+    taken = {Path(path).resolve() for path in [*model_paths, *recordings]}
+    for path in [*([table] if table else []), *(path for files in outputs for path in files.values())]:
+        if path.resolve() in taken and (path.is_file() or not path.exists()):  # /dev/null takes everything
+            raise UserError(f"{path} is a recording, the model or another file of this command: name another to write")
+        taken.add(path.resolve())
+    return outputs, table
+
+
+def predict_file(recording, model, args, outputs, timelines):
+    """Predict one recording: print the answer, add its timeline to `timelines`, and write `outputs`, {flag: path}."""
     sketch = None
     if {"plot", "explain"} & outputs.keys():
         from reports import pictures
@@ -172,13 +201,37 @@ def predict_file(recording, model, args, outputs):
         print(answers.as_json(name, answer, model.names, args.top_k))
     else:
         answers.print_answer(name, answer, model.names, args.top_k)
+    timelines[name] = answer.timeline
     if "labels" in outputs:
         answers.save_labels(outputs["labels"], answer.timeline)
     if "plot" in outputs:
         pictures.draw_recording(outputs["plot"], name, answer, sketch)
     if "explain" in outputs:
         pictures.draw_explanation(outputs["explain"], name, answer, model.networks, sketch)
-    return answer.timeline
+
+
+def predict_files(recordings, model, args, outputs, timelines):
+    """Predict recordings one after the other, as `predict_file` does. Return a line for each that failed."""
+    failures = []
+    for recording, files in zip(recordings, outputs, strict=True):
+        try:
+            predict_file(recording, model, args, files, timelines)
+            continue
+        except UserError as error:
+            reason = str(error)
+        except OSError as error:
+            if not error.filename or isinstance(error, BrokenPipeError):  # of what all are printed to
+                raise
+            remedy = utils.REMEDIES.get(error.errno, "check that path and its disk")
+            reason = f"{error.filename2 or error.filename}: {error.strerror}: {remedy}"
+        failures.append(utils.one_line(reason, longest=1000))
+        if name_of(recording) in timelines:  # its answer is printed: a file to write has failed
+            continue
+        if args.json:
+            print(json.dumps({"file": name_of(recording), "error": reason}))
+        elif args.quiet and len(recordings) > 1:
+            print()
+    return failures
 
 
 def name_of(recording):
@@ -188,18 +241,19 @@ def name_of(recording):
 
 def file_names(recordings):
     """Return a plain file name of at most MAX_NAME bytes for each recording, no two alike."""
-    names = []
+    names = {}
     for recording in recordings:
         plain = re.sub(r"[^\w.-]+", "_", name_of(recording)).strip("_").encode()[-MAX_NAME:].decode(errors="ignore")
         numbered = (f"{plain}_{number}" for number in itertools.count(2))
-        names.append(next(name for name in itertools.chain([plain], numbered) if name not in names))
-    return names
+        names[next(name for name in itertools.chain([plain], numbered) if name not in names)] = recording
+    return list(names)
 
 
 def main():
     args = parse_args()
     utils.keep_freed_memory()  # features and network take less than half the time over a long recording
-    model = open_models(find_models(args.model_dir, args.fold_num, utils.run_folders(args).models))
+    paths = find_models(args.model_dir, args.fold_num, utils.run_folders(args).models)
+    model = open_models(paths)
     if args.processed_dir:
         check_class_names(args.processed_dir, model.info)
     if args.explain and not hasattr(model, "networks"):
@@ -210,24 +264,15 @@ def main():
 
         return sound.listen_to_microphone(lambda samples: model.classify([samples]).overall, model.info)
     recordings = find_recordings(args.recordings)
-    timelines, failures, many = {}, [], len(recordings) > 1
+    outputs, table = files_to_write(args, recordings, paths)
+    timelines = {}
     try:
-        for recording, name in zip(recordings, file_names(recordings), strict=True):
-            flags = {flag: path for flag in OUTPUTS if (path := getattr(args, flag))}
-            outputs = {flag: utils.output_path(path, name + OUTPUTS[flag], many) for flag, path in flags.items()}
-            try:
-                timelines[str(recording)] = predict_file(recording, model, args, outputs)
-            except UserError as error:
-                failures.append(utils.one_line(error, longest=1000))
-                if args.json:
-                    print(json.dumps({"file": str(recording), "error": str(error)}))
-                elif args.quiet and many:
-                    print()
+        failures = predict_files(recordings, model, args, outputs, timelines)
     finally:  # also after Ctrl-C or an error, with what is done
-        if args.csv:
-            answers.save_csv(utils.output_path(args.csv, "timelines.csv"), timelines)
-    if failures and many:
-        failures.insert(0, f"{len(failures)} of {len(recordings)} recordings can't be predicted:")
+        if table:
+            answers.save_csv(table, timelines)
+    if failures and len(recordings) > 1:
+        failures.insert(0, f"{len(failures)} of {len(recordings)} recordings failed:")
     if failures:
         raise UserError("\n  ".join(failures))
 

@@ -22,6 +22,7 @@ import model_file
 import predict
 import utils
 from reports import answers
+from utils import UserError
 
 RATE = 22_050  # Hz; the models' own
 SLOW_TO_IMPORT = {"librosa", "pandas", "sklearn", "wandb", "huggingface_hub", "soundata"}
@@ -249,10 +250,12 @@ def test_one_bad_file_among_many_is_named_at_the_end(folder, run):
     done = run(folder)
     assert done.returncode == 2 and done.stdout.count(".safetensors") == 3
     first, second = done.stderr.splitlines()
-    assert first == "error: 1 of 4 recordings can't be predicted:"
+    assert first == "error: 1 of 4 recordings failed:"
     assert second.startswith(f"  {folder / 'aa.wav'} can't be decoded as audio")
     values = [json.loads(line) for line in run(folder, "--json").stdout.splitlines()]
     assert [value["file"] for value in values if "error" in value] == [str(folder / "aa.wav")]
+    (value,) = map(json.loads, run("-", "--json").stdout.splitlines())  # nothing comes
+    assert value["file"] == "standard input" and value["error"].startswith("standard input ")
     assert [bool(line) for line in run(folder, "--quiet").stdout.split("\n")] == [True, False, True, True, False]
 
 
@@ -353,11 +356,48 @@ def test_timeline_files(folder, run, tmp_path):
     assert "timeline:" in alone.stdout and "(of 4 windows)" in alone.stdout
 
 
-def test_table_is_written_also_when_the_batch_stops(folder, run, tmp_path):
-    (tmp_path / "labels" / f"{predict.file_names([folder / 'b.wav'])[0]}.txt").mkdir(parents=True)
-    done = run(folder / "a.flac", folder / "b.wav", "--csv", tmp_path / "t.csv", "--labels", tmp_path / "labels")
-    assert done.returncode == 2 and "Is a directory" in done.stderr
-    assert str(folder / "a.flac") in (tmp_path / "t.csv").read_text()
+def test_file_that_can_not_be_written_costs_no_other(folder, run, tmp_path):
+    names = [f"{name}.txt" for name in predict.file_names([folder / "a.flac", folder / "b.wav"])]
+    (tmp_path / "labels" / names[0]).mkdir(parents=True)
+    flags = ("--csv", tmp_path / "t.csv", "--labels", tmp_path / "labels", "--quiet")
+    done = run(folder / "a.flac", folder / "b.wav", *flags)
+    assert done.returncode == 2 and done.stderr.splitlines()[0] == "error: 1 of 2 recordings failed:"
+    assert f"{names[0]}: Is a directory" in done.stderr and len(done.stdout.splitlines()) == 2
+    assert (tmp_path / "labels" / names[1]).is_file()
+    with open(tmp_path / "t.csv", newline="") as file:
+        assert {row["file"] for row in csv.DictReader(file)} == {str(folder / "a.flac"), str(folder / "b.wav")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--labels", "a.txt", "--csv", "below/../a.txt"], "another file of this command"),
+        (["--labels", "a.txt", "--plot", "link.txt"], "another file of this command"),
+        (["--csv", "recording"], "is a recording, the model"),
+        (["--csv", "model.safetensors"], "is a recording, the model"),
+        (["recording.wav", "--labels", "taken.txt"], "is a file, and 2 recordings need a folder"),
+    ],
+)
+def test_output_over_another_file_of_the_command_is_refused_first(flags, reason, assets, recording, scripts, tmp_path):
+    shutil.copyfile(recording, tmp_path / "recording")
+    shutil.copyfile(model_file.model_path(assets / "models", 0), tmp_path / "model.safetensors")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    (tmp_path / "taken.txt").touch()
+    before = {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    done = scripts.run("predict", "recording", *flags, "--model_dir", "model.safetensors", cwd=tmp_path)
+    assert reason in refusal(done)
+    assert {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_device_takes_several_files(recording, run):
+    assert run(recording, "--labels", "/dev/null", "--csv", "/dev/null").returncode == 0
+
+
+def test_pipe_without_end_is_cut_and_named(monkeypatch):
+    monkeypatch.setattr(predict, "MAX_PIPE", 5e6)
+    with open("/dev/zero") as zero, pytest.raises(UserError, match=r"^/dev/fd/\d+ is over 0.005 GB: cut it"):
+        predict.opened(f"/dev/fd/{zero.fileno()}").__enter__()
 
 
 def test_folder_of_files_for_one_recording(recording, run, tmp_path):
@@ -407,7 +447,7 @@ def test_names_of_classes_are_no_formulas(tmp_path):
 def test_path_that_can_not_be_opened_does_not_stop_the_batch(name, recording, run):
     done = run(name, recording, "--quiet")
     assert done.returncode == 2 and len(done.stdout.splitlines()) == 2
-    assert "1 of 2 recordings can't be predicted" in done.stderr
+    assert "1 of 2 recordings failed" in done.stderr and "Make room" not in done.stderr
 
 
 def test_file_names_never_collide_and_are_short():
