@@ -21,7 +21,7 @@ BAR_WIDTH = 40  # characters of a probability of 1
 POOLED_SHARE = 0.1  # of the windows, whose mean is the answer to a recording
 COLUMNS = ["start", "end", "class", "confidence"]  # of a timeline; times in s
 FORMULA = ("=", "+", "-", "@")  # text that begins so is a formula to a spreadsheet
-SILENCE = "silence"  # in a timeline, where every sample is zero
+SILENCE = "silence"  # in a timeline, where the samples do not change
 CLIP_NAME = re.compile(r"\d+-\d+-\d+-\d+\.wav")  # of the data set: recording, classID, occurrence, slice
 
 
@@ -33,7 +33,7 @@ class Answer:
     seconds: float
     starts: np.ndarray  # (windows,) s, rising
     ends: np.ndarray  # (windows,) s, rising
-    windows: np.ndarray  # probabilities, (windows, classes); NaN where every sample is zero
+    windows: np.ndarray  # probabilities, (windows, classes); NaN where the samples do not change
     levels: np.ndarray  # RMS of each window's samples, (windows,)
     notes: list  # lines
 
