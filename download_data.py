@@ -49,6 +49,8 @@ RETRY_SECONDS = 2.0  # s; first wait, doubled with each failure in a row
 MAX_FAILURES = 7  # in a row without a new byte; the waits sum to two minutes
 MAX_RETRY_AFTER = 900  # s; a server that asks for a longer wait ends the run
 CHUNK = 1 << 16  # bytes; at most this much is lost with a connection
+# Of damaged data, and of names that are both a file and a folder
+BAD_ARCHIVE = (EOFError, zlib.error, ValueError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 
 def parse_args():
@@ -112,7 +114,7 @@ def fetch_rest(url, part):
     """
     size = size_of(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={size}-"} if size else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT, hooks={"response": skip_body}) as response:
         status = response.status_code
         if status == 416 and size:  # Range Not Satisfiable: all bytes are here, or different ones; the md5 decides
             return "", 0
@@ -128,13 +130,20 @@ def fetch_rest(url, part):
             tqdm.write("the server can't resume: starting again")
             size = 0
         total = size + (response.raw.length_remaining or 0)
-        with open(part, "ab" if size else "wb") as file, progress_bar(total, part.stem, size) as bar:
+        mode = "ab" if size else "wb"
+        with utils.naming(part), open(part, mode) as file, progress_bar(total, part.stem, size) as bar:
             for chunk in response.raw.stream(CHUNK, decode_content=False):  # a .gz stays a .gz
                 file.write(chunk)
                 bar.update(len(chunk))
                 if file.tell() > MAX_BYTES:
                     raise UserError(f"{url} sends more bytes than the data set has: check --url, and delete {part}")
     return "", 0
+
+
+def skip_body(response, **_):
+    """Close a redirect before it is followed: requests would read its body, of any length, into memory."""
+    if response.is_redirect:
+        response.close()
 
 
 def root_cause(error):
@@ -174,6 +183,7 @@ def unpack(archive, folder):
     n_bytes, table = 0, folder / f"{METADATA}.new"
     try:
         with (
+            utils.naming(folder),  # a full disk
             open(archive, "rb") as raw,
             progress_bar(archive.stat().st_size, "unpacking") as bar,
             tarfile.open(fileobj=raw, mode="r|gz") as tar,
@@ -189,7 +199,7 @@ def unpack(archive, folder):
                     tar.extract(member.replace(name=name, deep=False), folder, filter="data")
         if table.is_file():
             os.replace(table, folder / METADATA)
-    except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError) as error:
+    except (tarfile.TarError, *BAD_ARCHIVE, OverflowError) as error:
         reason = utils.one_line(error)
         raise UserError(f"{archive} can't be unpacked ({reason}). If you delete it, it is fetched again") from error
     finally:
@@ -211,9 +221,11 @@ def unpack_zip(archive, folder):
                 name = "/".join(PurePosixPath(member.filename).parts[1:])
                 if not data_loader.is_file_name(name):
                     raise UserError(f"{archive} is refused: it names the file {member.filename!r}. Delete it")
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # as GitHub has it
+                    raise UserError(f"{archive} is refused: {member.filename!r} is not stored or deflated. Delete it")
                 with file.open(member) as source, utils.atomic_write(folder / name) as target:
                     shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, EOFError, zlib.error, ValueError, RuntimeError) as error:  # the last: encrypted
+    except (zipfile.BadZipFile, *BAD_ARCHIVE, RuntimeError) as error:  # the last: encrypted
         reason = utils.one_line(error)
         raise UserError(f"{archive} can't be unpacked ({reason}). If you delete it, it is fetched again") from error
 
@@ -225,9 +237,9 @@ def soundata_remotes(dataset="urbansound8k"):
     return module.REMOTES["all"], module.INDEXES[module.INDEXES["default"]].remote
 
 
-def missing_clips(dataset_dir):
+def missing_clips(dataset_dir, dataset="urbansound8k"):
     """Return (names of clips that the table lists and that are missing or empty, number of clips listed)."""
-    if (dataset_dir / ESC50_TABLE).is_file():
+    if dataset == "esc50":
         paths = data_loader.read_esc50(dataset_dir)["path"]
         return [str(path.relative_to(dataset_dir)) for path in paths if not size_of(path)], len(paths)
     clips = data_loader.read_clip_table(dataset_dir / METADATA)  # which refuses names and folds that leave the folder
@@ -243,7 +255,7 @@ def broken_files(dataset_dir, dataset="urbansound8k"):
         get_file(remote.url, index, remote.checksum)
     except UserError as error:
         print(f"no index from soundata ({error}). Clips are checked against the table instead")
-        return missing_clips(dataset_dir)[0]
+        return missing_clips(dataset_dir, dataset)[0]
     dataset = utils.need("soundata", "the download").initialize(dataset, data_home=str(dataset_dir))
     dataset.index_path = str(index)  # soundata would keep it in its own package folder, writable or not
     broken = []
@@ -265,7 +277,7 @@ def download(name, dataset_dir, url, force):
         raise UserError(f"{dataset_dir} holds the miniature: delete that folder, or name another with --data_dir")
     if (dataset_dir / table).exists() and not archive.exists() and not force:
         try:
-            missing, n_clips = missing_clips(dataset_dir)
+            missing, n_clips = missing_clips(dataset_dir, name)
         except UserError as error:
             raise UserError(f"{error}. --force fetches the data set again") from error
         if not missing:
@@ -274,15 +286,22 @@ def download(name, dataset_dir, url, force):
         print(f"{len(missing)} of {n_clips} clips are missing or empty, such as {missing[0]}")
     needed = max(DISK_BYTES[name] - sum(size_of(path) for path in dataset_dir.rglob("*")), 0)
     utils.need_space(dataset_dir, needed, f" and needs {needed / 1e6:,.0f} MB: make room, or name another --data_dir")
+    if force and not has_md5:  # what lies there may be anything
+        archive.unlink(missing_ok=True)
     get_file(url or remote.url, archive, remote.checksum if has_md5 else None)
     unpack(archive, dataset_dir)
-    if broken := broken_files(dataset_dir, name) or missing_clips(dataset_dir)[0]:
-        if not has_md5:  # it may be the archive: fetch it again
-            (dataset_dir / table).unlink()
-            archive.unlink()
-        raise UserError(f"{len(broken)} unpacked files are broken, such as {broken[0]}: check the disk, then run again")
+    try:
+        if broken := broken_files(dataset_dir, name) or missing_clips(dataset_dir, name)[0]:
+            raise UserError(f"{len(broken)} unpacked files are broken, such as {broken[0]}: check the disk, run again")
+        n_clips = missing_clips(dataset_dir, name)[1]  # which reads the table, where soundata's index was enough
+    except UserError as error:
+        if has_md5:
+            raise
+        (dataset_dir / table).unlink(missing_ok=True)
+        archive.unlink()  # it may be the wrong one
+        raise UserError(f"{error}. {archive} is removed: the same command fetches it again") from error
     archive.unlink()
-    print(f"complete: {missing_clips(dataset_dir)[1]} clips in {dataset_dir}, each validated")
+    print(f"complete: {n_clips} clips in {dataset_dir}, each validated")
 
 
 DATASETS = {  # table, whether its archive has one md5, what unpacks that

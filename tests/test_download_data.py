@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +160,19 @@ def test_no_room_and_no_network_are_one_line(download, server, monkeypatch):
     assert "needs 400,000,000,000 MB" in line and "--data_dir" in line and server.offsets == []
 
 
+@pytest.mark.parametrize("archive, path", [(False, "/UrbanSound8K.tar.gz.part"), (True, "")])
+def test_disk_that_takes_no_more_is_one_line_with_the_path(download, server, tmp_path, archive, path):
+    resource = pytest.importorskip("resource")
+    write(tmp_path / "data", {"UrbanSound8K.tar.gz": server.content} if archive else {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # bytes of a file
+    try:
+        line = error_line(download())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"error: {tmp_path}/data{path}: File too large" in line
+
+
 def test_stop_in_download_and_in_unpacking_resumes(download, server, tmp_path):
     server.moods = [("slow", None)]
     data, part = tmp_path / "data", tmp_path / "data" / "UrbanSound8K.tar.gz.part"
@@ -270,6 +284,15 @@ def test_fetch_hopeless_server_is_one_line(file, tmp_path, answer, n_requests, w
     assert download_data.size_of(tmp_path / "part") < 2_000_000 + 2 * download_data.CHUNK
 
 
+def test_fetch_redirect_is_followed_without_its_body(file, tmp_path):
+    file.moods = [("raw", b"HTTP/1.1 302 \r\nLocation: /there\r\n\r\n" + bytes(20_000_000))]
+    tracemalloc.start()
+    download_data.fetch(file.address, tmp_path / "part")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / "part").read_bytes() == CONTENT and peak < 10_000_000
+
+
 @pytest.mark.parametrize("url", ["http://", "zenodo", "http://127.0.0.1:1/a b", "http://" + "a" * 70])
 def test_fetch_bad_url_is_one_line(file, tmp_path, url):
     with pytest.raises(UserError, match="--url"):
@@ -306,7 +329,14 @@ def test_unpack_unsafe_member_stays_in_folder(tmp_path, monkeypatch, evil, refus
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
 
 
-@pytest.mark.parametrize("content", [make_archive({"a": CONTENT})[:500_000], b"<html>log in</html>" * 1000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        make_archive({"a": CONTENT})[:500_000],
+        b"<html>log in</html>" * 1000,
+        make_archive({"a": b"", "a/b": b""}),
+    ],
+)
 def test_unpack_damaged_archive_is_named(tmp_path, content):
     write(tmp_path, {"archive": content})
     with pytest.raises(UserError, match=f"{tmp_path}/archive can't be unpacked"):
@@ -316,15 +346,16 @@ def test_unpack_damaged_archive_is_named(tmp_path, content):
 # --- ESC-50 ------------------------------------------------------------------------------------------------------
 
 
-def esc50_archive(extra=None):
-    """Return a .zip as GitHub makes it, with ten clips."""
+def esc50_archive(extra=None, method=zipfile.ZIP_STORED, leave_out=()):
+    """Return a .zip as GitHub makes it, with ten clips, and {name: bytes} of them."""
     header = "filename,fold,target,category,esc10,src_file,take\n"
     table = header + "".join(f"1-{i}-A-{i}.wav,{i % 5 + 1},{i},class {i},False,{i},A\n" for i in range(10))
     files = {f"audio/1-{i}-A-{i}.wav": CONTENT[i * 1000 : (i + 1) * 1000] for i in range(10)}
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
+    with zipfile.ZipFile(buffer, "w", method) as file:
         for name, content in {download_data.ESC50_TABLE: table.encode(), **files, **(extra or {})}.items():
-            file.writestr(f"ESC-50-master/{name}", content)
+            if name not in leave_out:
+                file.writestr(f"ESC-50-master/{name}", content)
     return buffer.getvalue(), files
 
 
@@ -332,7 +363,7 @@ def esc50_archive(extra=None):
 def download_esc50(monkeypatch, tmp_path, capsys):
     """A function that fetches an archive from loopback with --dataset esc50, and gives (status, stdout, stderr)."""
 
-    def run(archive, files, spoil=""):
+    def run(archive, files, *more, spoil=""):
         index = {"clips": {name: {"audio": [name, md5_of(content) + spoil]} for name, content in files.items()}}
         with serving(archive, json.dumps(index).encode()) as server:
             remote, index_remote = download_data.soundata_remotes("esc50")
@@ -341,7 +372,7 @@ def download_esc50(monkeypatch, tmp_path, capsys):
             monkeypatch.setattr(remote, "url", server.address)
             monkeypatch.setattr(index_remote, "url", f"{server.address}/index.json")
             monkeypatch.setattr(index_remote, "checksum", md5_of(server.index))
-            flags = ["--dataset", "esc50", "--assets_dir", str(tmp_path)]
+            flags = ["--dataset", "esc50", "--assets_dir", str(tmp_path), *more]
             monkeypatch.setattr("sys.argv", ["download_data.py", *flags])
             status = 0
             try:
@@ -372,3 +403,37 @@ def test_esc50_with_a_changed_clip_or_a_name_that_leaves_its_folder_is_refused(d
     archive, files = esc50_archive()
     status, _, err = download_esc50(archive[:-30], files)
     assert status == 2 and "can't be unpacked" in err
+
+
+def damaged(archive):
+    """Return a .zip whose first member's data is wrong."""
+    return archive[:60] + bytes(byte ^ 0x5A for byte in archive[60:100]) + archive[100:]
+
+
+@pytest.mark.parametrize(
+    "archive, words",
+    [
+        *((damaged(esc50_archive(method=method)[0]), "not stored or deflated") for method in (12, 14)),  # bzip2, LZMA
+        (damaged(esc50_archive(method=zipfile.ZIP_DEFLATED)[0]), "can't be unpacked"),
+        (esc50_archive({"audio": b"x"})[0], "can't be unpacked"),  # a file and a folder
+    ],
+)
+def test_unpack_zip_damaged_archive_is_named(tmp_path, archive, words):
+    write(tmp_path, {"archive": archive})
+    with pytest.raises(UserError, match=f"{tmp_path}/archive .*{words}"):
+        download_data.unpack_zip(tmp_path / "archive", tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [esc50_archive(leave_out=[download_data.ESC50_TABLE])[0], esc50_archive({download_data.ESC50_TABLE: b"x"})[0]],
+)
+def test_esc50_wrong_archive_is_removed_and_fetched_again(download_esc50, tmp_path, wrong):
+    archive, files = esc50_archive()
+    folder = tmp_path / "data" / "ESC-50"
+    write(folder, {download_data.METADATA: TABLE.encode()})  # of the other data set
+    status, _, err = download_esc50(wrong, files)
+    assert status == 2 and f"{folder}/ESC-50-master.zip is removed: the same command fetches it again" in err
+    assert download_esc50(archive, files)[0] == 0
+    write(folder, {"ESC-50-master.zip": wrong})
+    assert download_esc50(archive, files, "--force")[0] == 0
