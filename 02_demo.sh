@@ -42,7 +42,7 @@ main() {
   cd -- "$project_dir"
 
   # Services are configured for the real data set, not for this one.
-  export HF_REPO_ID="" WANDB_MODE="disabled"
+  export HF_REPO_ID="" HF_MODEL_REPO_ID="" WANDB_MODE="disabled"
   SECONDS=0
   stage download_data.py --demo --assets_dir "$demo_dir"
   stage preprocess_data.py --assets_dir "$demo_dir"

@@ -353,7 +353,10 @@ def add_stages(world, accuracy):
 def test_demo_with_failed_stage_stops(world):
     add_python(world)
     add_stages(world, accuracy=0.9)
-    assert_success(bash(world, "02_demo.sh", "my demo"), "$ python train.py --epochs 8", "Held-out accuracy 90.0 %")
+    services = "HF_REPO_ID", "HF_MODEL_REPO_ID"  # of the real data set: the demo must not replace what they hold
+    (world.project / "train.py").write_text(f"import os\nassert not any(map(os.environ.get, {services}))")
+    demo = bash(world, "02_demo.sh", "my demo", **dict.fromkeys(services, "me/real"))
+    assert_success(demo, "$ python train.py --epochs 8", "Held-out accuracy 90.0 %")
     assert (world.root / "elsewhere/my demo/results/results.json").exists()
     (world.project / "train.py").write_text("raise SystemExit(2)")
     stopped = bash(world, "02_demo.sh")
