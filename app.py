@@ -9,6 +9,7 @@ picture of waveform, log-mel and timeline, and a table of what sounds when, to d
 Recordings are removed after KEEP_SECONDS, and nothing is logged. research/scaling.md has how it becomes a Space.
 """
 
+import argparse
 import base64
 import os
 import tempfile
@@ -20,7 +21,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import utils
 from audio import stream_audio
 from classifier import find_models, open_models
-from reports import answers, pictures
+from reports import answers, pictures, tables
 from utils import UserError
 
 MAX_UPLOAD = "50mb"
@@ -33,8 +34,16 @@ def parse_args():
     parser = utils.make_parser(__doc__)
     add = parser.add_argument
     add("--model_dir", metavar="DIR", help="a folder, a file, or hf://owner/name (default: models/)")
-    add("--port", type=utils.positive_int, metavar="N", help="of the page (default: 7860, or the next that is free)")
+    add("--port", type=port_number, metavar="N", help="of the page (default: 7860, or the next that is free)")
     return parser.parse_args()
+
+
+def port_number(text):
+    """argparse type: a TCP port."""
+    port = utils.positive_int(text)
+    if port > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is above 65535, the last port")
+    return port
 
 
 def limited(blocks, rate):
@@ -63,18 +72,19 @@ def describe(path, model):
             answers.save_csv(table, {name: answer.timeline})
             image, csv = pictures.read(picture), base64.b64encode(table.read_bytes()).decode()
     except UserError as error:
-        return f"**{utils.one_line(str(error).replace(str(path), name), longest=500)}**", None, None, None, ""
+        return f"**{tables.escape(str(error).replace(str(path), name))}**", None, None, None, ""
     timeline = answer.timeline
     rows = [[answers.clock(start), answers.clock(end), sound, f"{share:.0%}"] for start, end, sound, share in timeline]
     link = f'<a download="timeline.csv" href="data:text/csv;base64,{csv}">Download the table as CSV</a>'
-    text = f"## {answer.label}\n{answer.confidence:.0%} sure, of {answer.seconds:.1f} s by {', '.join(model.names)}"
+    names = tables.escape(", ".join(model.names))
+    text = f"## {tables.escape(answer.label)}\n{answer.confidence:.0%} sure, of {answer.seconds:.1f} s by {names}"
     return text, answer.probabilities, image, rows, link
 
 
 def build_page(gradio, model):
     """Return the Gradio Blocks of the page."""
     with gradio.Blocks(title="What is that sound?", analytics_enabled=False, delete_cache=(60, KEEP_SECONDS)) as page:
-        gradio.Markdown(f"# What is that sound?\nOne of: {', '.join(model.info['class_names'])}.")
+        gradio.Markdown(f"# What is that sound?\nOne of: {', '.join(map(tables.escape, model.info['class_names']))}.")
         with gradio.Row():
             with gradio.Column():
                 audio = gradio.Audio(sources=["upload", "microphone"], type="filepath", label="Recording", buttons=[])
@@ -96,7 +106,12 @@ def main():
     model = open_models(find_models(args.model_dir, None, utils.run_folders(args).models))
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # others are fetched
     page = build_page(gradio, model)
-    page.launch(server_port=args.port, max_file_size=MAX_UPLOAD, theme=theme, footer_links=[], share=False)
+    host = None if "SPACE_ID" in os.environ else "127.0.0.1"  # a Space sets its own; elsewhere this machine alone
+    limits = {"max_file_size": MAX_UPLOAD, "share": False}
+    try:
+        page.launch(server_name=host, server_port=args.port, theme=theme, footer_links=[], **limits)
+    except OSError as error:  # Gradio's own has no errno, but the ports that it tried
+        raise UserError(f"{utils.one_line(error).split('. ')[0]}: name a free one with --port") from error
 
 
 if __name__ == "__main__":
