@@ -166,7 +166,8 @@ class Tracker:
 
     def _log_in(self):
         """Import wandb and find out whether it works online or offline."""
-        os.environ.update({"WANDB_DIR": str(self.assets_dir), **DEFAULTS, **os.environ})
+        folder = utils.home_path(os.environ.get("WANDB_DIR") or self.assets_dir)  # a .env file leaves ~ as it is
+        os.environ.update({**DEFAULTS, **os.environ, "WANDB_DIR": str(folder)})
         os.environ.setdefault("WANDB_DATA_DIR", str(Path(os.environ["WANDB_DIR"], "wandb")))  # else in the home
         os.environ.setdefault("WANDB_CACHE_DIR", os.environ["WANDB_DIR"])
         self.sweep = {name: os.environ.pop(name, None) for name in SWEEP_VARIABLES}

@@ -199,6 +199,17 @@ def test_no_connection_is_one_line(start, env, plain, tmp_path, variables, line)
     assert_same_files(tmp_path, plain, RESULT_FILES)
 
 
+@pytest.mark.parametrize("folder, place", [("~/runs", "home/runs/wandb"), ("", "assets/wandb")])
+def test_wandb_dir_with_tilde_or_empty_is_where_it_is_meant(env, tmp_path, folder, place):
+    for name in ("home/runs", "assets", "here"):
+        (tmp_path / name).mkdir(parents=True)
+    program = "import sys; from services import tracking; tracking.Tracker(sys.argv[1], {}, 'id').start_fold(0, [])"
+    more = {"HOME": str(tmp_path / "home"), "WANDB_DIR": folder, "WANDB_MODE": "offline", "PYTHONPATH": REPOSITORY}
+    command = [sys.executable, "-c", program, tmp_path / "assets"]
+    printed = subprocess.check_output(command, cwd=tmp_path / "here", env={**env, **more}, text=True)
+    assert f"the runs stay in {tmp_path / place}" in printed and not list((tmp_path / "here").iterdir())
+
+
 def test_wandb_that_raises_is_one_line(start, env, tmp_path):
     (tmp_path / "wandb.py").write_text("raise RuntimeError('no wandb today')")
     done = start(tmp_path / "run", {**env, "PYTHONPATH": str(tmp_path)}, epochs=1).wait()
