@@ -4,7 +4,6 @@ They do nothing unless config.py or the environment names a repository (HF_MODEL
 and never raise: a service that fails costs one line, never the run.
 """
 
-import config
 from services import hub, tracking
 
 
@@ -44,6 +43,5 @@ class Services:
 
 
 def forget(checkpoint_dir, folds):
-    """Remove what waits for the Hub of folds that start again."""
-    if config.HF_MODEL_REPO_ID:
-        hub.forget(checkpoint_dir, folds)
+    """Remove what waits for the Hub of folds that start again, also where HF_MODEL_REPO_ID is empty this time."""
+    hub.forget(checkpoint_dir, folds)

@@ -28,6 +28,7 @@ from utils import UserError
 ANSWER_SECONDS = 30  # s of silence after which a request has failed
 FINISH_SECONDS = 120  # s that a finished training waits for its last commit
 STOP_SECONDS = 3  # s that an interrupted one waits
+COMMIT_MINUTES = 0.01, 10_000  # the range of HF_COMMIT_MINUTES
 RESULT_FILES = ("README.md", "results.json", "report.md", "confusion_matrix.png")  # README.md is the model card
 
 
@@ -81,7 +82,8 @@ def explain(error):
                 detail = getattr(cause, "server_message", None) or cause
                 return f"{reason} [{status or type(cause).__name__}: {utils.one_line(detail)}]"
         cause = cause.__cause__ or cause.__context__
-    return utils.one_line(f"{type(error).__name__}: {error}")
+    detail = utils.one_line(f"{type(error).__name__}: {error}")
+    return f"{detail}; check the disk, and in the environment HF_ variables, SSL_CERT_FILE and proxies"
 
 
 def commit(repo_id, repo_type, files, message):
@@ -195,8 +197,9 @@ def forget(checkpoint_dir, folds):
 
 
 class Publisher:
-    """Sends what training makes, from a background thread. Does nothing without HF_MODEL_REPO_ID, and never raises.
+    """Sends what training makes, from a background thread. Does nothing without HF_MODEL_REPO_ID.
 
+    UserError where HF_COMMIT_MINUTES can't be right; later it never raises.
     It commits every HF_COMMIT_MINUTES and at a fold's end: all that is new in the run's folders (paths.checkpoints,
     .models, .results), and so what other processes have made there, or have left when they were killed.
     """
@@ -206,6 +209,9 @@ class Publisher:
         self.orders = queue.SimpleQueue()  # of commits: True for the last one
         self.thread = threading.Thread(target=self._work, daemon=True)
         if config.HF_MODEL_REPO_ID:
+            low, high = COMMIT_MINUTES
+            if not low <= config.HF_COMMIT_MINUTES <= high:  # also NaN
+                raise UserError(f"HF_COMMIT_MINUTES = {config.HF_COMMIT_MINUTES} in config.py: take {low} to {high}")
             self.thread.start()
 
     def add_epoch(self, fold_number, epoch):

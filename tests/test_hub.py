@@ -5,6 +5,7 @@ huggingface_hub reads its environment when it is imported, so each client is a p
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -18,7 +19,7 @@ from result_files import write_run
 import demo_data
 from data_loader import PROCESSED_FILES, load_processed, read_clip_table, save_tables
 from reports import metrics
-from services import cards, hub
+from services import cards, events, hub
 
 REPO = f"{USER}/sounds"
 KEY = f"datasets/{REPO}"
@@ -166,6 +167,20 @@ def test_publisher_in_trouble_is_two_lines(publish, trained, environment, words)
     assert left.endswith(f"to send the rest: python -m services.hub push --assets_dir {trained}")
 
 
+@pytest.mark.parametrize("minutes", [-1, 0, float("nan"), 1e12])
+def test_publisher_with_impossible_interval_is_refused(monkeypatch, tmp_path, minutes):
+    monkeypatch.setattr(hub.config, "HF_MODEL_REPO_ID", REPO)
+    monkeypatch.setattr(hub.config, "HF_COMMIT_MINUTES", minutes)
+    with pytest.raises(hub.UserError, match=f"HF_COMMIT_MINUTES = {re.escape(str(minutes))} .*0.01 to 10000"):
+        hub.Publisher(tmp_path)
+
+
+@pytest.mark.parametrize("name, value", [("HF_HUB_DOWNLOAD_TIMEOUT", "abc"), ("SSL_CERT_FILE", "/nowhere")])
+def test_failure_that_is_no_answer_names_the_environment(call, name, value):
+    (line,) = outcomes(call(["fetch_model", REPO, 0], **{name: value}))
+    assert line.startswith("error: can't fetch the model of fold 0") and "in the environment HF_ variables, SSL" in line
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_training_ended_while_a_commit_stalls_leaves_what_push_sends(server, start, push, trained, end):
     server.answer("PUT /lfs/", None)
@@ -189,7 +204,7 @@ def test_two_processes_share_an_outbox(server, start, trained):
 def test_forget_removes_the_waiting_epochs_of_these_folds(tmp_path):
     for fold in (0, 1):
         (tmp_path / "outbox" / f"fold_{fold}").mkdir(parents=True)
-    hub.forget(tmp_path, [0])
+    events.forget(tmp_path, [0])  # HF_MODEL_REPO_ID is empty here
     assert os.listdir(tmp_path / "outbox") == ["fold_1"]
 
 
