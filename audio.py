@@ -114,7 +114,7 @@ MAX_HOURS = 4  # h; a longer recording is refused before memory is taken for the
 MIN_RATE, MAX_RATE = 1000, 1_000_000  # Hz of a recording
 MAX_CHANNELS = 64
 MAX_LEVEL = 1e12  # full scale is 1; beyond MAX_LEVEL the power of a frame leaves float32's range
-OPPOSITE = 0.1  # the sum's std in shares of a channel's, below which the channels cancel each other
+OPPOSITE = 0.1  # variance of the channels' sum in shares of that of independent ones; wide stereo has over half of it
 BLOCK_SAMPLES = 1 << 18  # samples of each channel that are decoded at a time: 6 s at 44.1 kHz
 BLOCK_BYTES = 1 << 20  # of a file that are searched at a time
 OGG_PAGE = 65_307  # bytes of the largest
@@ -127,13 +127,25 @@ LENGTHS = {  # first bytes of a file: byte order, position and bytes of the leng
     b"FORM": ("big", 4, 4, 8),
     b".snd": ("big", 8, 4, None),  # AU, whose header names where the sound begins
 }
-ONE_HEADER = {b"caff", b"FLV\1", b"0&\xb2u", b"wvpk"}  # first bytes of a CAF, FLV, WMA or WavPack file
-HEADER_BYTES = 20  # with which only one file can begin that holds sound
+BEGINNINGS = {  # first bytes of a file: what comes once in it, whatever it holds, and by chance never
+    b"caff": rb"caff\0\x01\0\0desc",
+    b"FLV\1": rb"FLV\x01[\x01\x04\x05]\0\0\0\x09\0\0\0\0",
+    b"0&\xb2u": rb"0&\xb2u\x8ef\xcf\x11\xa6\xd9\0\xaa\0b\xcel",  # WMA
+    # WavPack, a block: its bytes, version, highest bytes, samples in the file, index 0, samples, flags with "initial"
+    b"wvpk": rb"wvpk.{4}[\x02-\x10]\x04.{6}\0{4}(?!\0{4}).{5}[%s]" % re.escape(bytes(n for n in range(256) if n & 8)),
+}
+BEGINNING_BYTES = 32  # of the longest
+MAX_BOXES = 100_000  # of an MP4 that are looked at
 CUT = 0.9  # of the length that is named or that is guessed by a file's size; what is shorter seems to be cut off
-SAMPLE_BYTES = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
+SAMPLE_BYTES = {"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
+SAMPLE_BYTES |= dict.fromkeys(("PCM_S8", "PCM_U8", "ULAW", "ALAW"), 1)
+SIZED = {"WAV", "WAVEX", "RF64", "AIFF", "AU", "CAF"}  # formats whose header has the length
+EXACT_END = {*SAMPLE_BYTES, "IMA_ADPCM", "MS_ADPCM"}  # what libsndfile reads to the last byte
 FFMPEG_SECONDS = 60  # s without a sample after which ffmpeg has failed
-FFMPEG_LENGTH = re.compile(rb"Duration: (\d+):(\d+):(\d+)")  # h, min, s; in what ffmpeg prints of a file
-FFMPEG_CUT = re.compile(rb"ended prematurely|partial file|[Pp]acket corrupt|corrupt input packet")
+FFMPEG_LENGTH = re.compile(rb"^  Duration: (\d+):(\d+):(\d+)")  # h, min, s; a title is further in
+FFMPEG_CUT = re.compile(  # titles are in lines with blanks in front, and the file's name is in that of the input
+    rb"^(?! |Input #).*(ended prematurely|partial file|[Pp]acket corrupt|corrupt input packet)"
+)
 MAX_LINES = 100  # of ffmpeg that are kept
 FFMPEG_INPUTS = "aac,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,w64,wav,wv"
 MIN_TAIL = 0.1  # of a hop; less sound than this after the last full window gets no window of its own
@@ -244,9 +256,16 @@ def soundfile_blocks(path, file, descriptor):
         print_cut(path, "its last page is not marked as the last")
     if file.format == "MP3" and n_read < CUT * file.frames < CUT * UNKNOWN_LENGTH:
         print_cut(path, f"it ends after {n_read / file.samplerate:.1f} of {file.frames / file.samplerate:.1f} s")
-    if file.format in ("WAV", "WAVEX"):
-        yield from headerless_blocks(file, descriptor, first_byte, n_read)
-    elif file.format in ("MP3", "OGG", "FLAC") and has_more(file, descriptor):
+    end = os.lseek(descriptor, 0, os.SEEK_CUR)
+    if file.subtype in SAMPLE_BYTES:  # libsndfile may have read on, and have dropped what it read
+        end = first_byte + n_read * file.channels * SAMPLE_BYTES[file.subtype]
+    if os.pread(descriptor, 4, 0) == b"RIFF" and file.subtype in SAMPLE_BYTES:
+        yield from headerless_blocks(file, descriptor, end)
+    elif file.format in SIZED and file.subtype in EXACT_END and has_more(file, descriptor, end):
+        if not n_read:
+            raise UserError(f"{path} says that it holds no audio samples, and more follows: export it again")
+        print_cut(path, f"its header has {n_read / file.samplerate:.1f} s, and more follows")
+    elif file.format in ("MP3", "OGG", "FLAC") and has_more(file, descriptor, end):
         reason = f"it goes on after the {n_read / file.samplerate:.1f} s that can be read"
         with open_with_ffmpeg(path, reason, file.samplerate) as (_, _, blocks):  # it takes Opus to be of 48 kHz
             for block in blocks:
@@ -270,8 +289,10 @@ def check_length(path, descriptor):
     UserError for two files joined by cat; a note if it is cut off.
     """
     name = os.pread(descriptor, 4, 0)
-    if name in ONE_HEADER or os.pread(descriptor, 4, 4) == b"ftyp":  # MP4
-        check_one_header(path, descriptor)
+    if has_second_beginning(descriptor, name) or (
+        os.pread(descriptor, 4, 4) == b"ftyp" and has_second_movie(descriptor)
+    ):
+        raise UserError(f"{path} is two files, one behind the other: cut it in two, or join them as audio")
     if name not in LENGTHS or os.pread(descriptor, 4, 8) == b"AVI ":  # a video beyond 1 GB goes on like two files
         return
     order, position, size, before = LENGTHS[name]
@@ -285,22 +306,47 @@ def check_length(path, descriptor):
         print_cut(path, f"its header names {lacking} bytes more than there are")
 
 
-def check_one_header(path, descriptor):
-    """Raise a UserError if the first bytes of a file come again in it: two files joined by cat."""
-    header, size = os.pread(descriptor, HEADER_BYTES, 0), os.fstat(descriptor).st_size
-    for start in range(1, size, BLOCK_BYTES):
-        if header in os.pread(descriptor, BLOCK_BYTES + HEADER_BYTES, start):
-            raise UserError(f"{path} is two files, one behind the other: cut it in two, or join them as audio")
+def has_second_beginning(descriptor, name):
+    """Return whether what begins a file, of BEGINNINGS, comes again in it: two files joined by cat."""
+    beginning, size = BEGINNINGS.get(name), os.fstat(descriptor).st_size
+    starts = range(1, size, BLOCK_BYTES) if beginning else ()
+    return any(
+        re.search(beginning, os.pread(descriptor, BLOCK_BYTES + BEGINNING_BYTES, start), re.DOTALL) for start in starts
+    )
+
+
+def has_second_movie(descriptor):
+    """Return whether a second `ftyp` is among the boxes of an MP4: two files joined by cat."""
+    position, size = 0, os.fstat(descriptor).st_size
+    for _ in range(MAX_BOXES):
+        length, name, long = struct.unpack(">I4sQ", os.pread(descriptor, 16, position).ljust(16, b"\0"))
+        if position and name == b"ftyp":
+            return True
+        position += long if length == 1 else length
+        if length == 0 or position >= size:  # 0: to the end of the file
+            return False
+    return False
 
 
 def print_cut(path, reason):
     print(f"note: {one_line(path, longest=1000)} seems to be cut off: {reason}", file=sys.stderr)
 
 
-def has_more(file, descriptor):
-    """Return whether a compressed file goes on behind its sound: in Ogg any page does, else more than titles take."""
-    rest = os.pread(descriptor, TAIL_BYTES + 1, os.lseek(descriptor, 0, os.SEEK_CUR))
+def has_more(file, descriptor, end):
+    """Return whether a file goes on behind its sound: in Ogg any page does, else more than titles take, in no chunk."""
+    rest = os.pread(descriptor, TAIL_BYTES + 1, end)
+    if file.format in SIZED and (
+        is_chunk(descriptor, end) or is_chunk(descriptor, end + 1)
+    ):  # behind a byte of padding
+        return False
     return len(rest) > TAIL_BYTES or (file.format == "OGG" and b"OggS" in rest)
+
+
+def is_chunk(descriptor, start):
+    """Return whether a further chunk of a WAV, AIFF or CAF file begins at a byte: a name, and a length that fits."""
+    name, length = os.pread(descriptor, 4, start), os.pread(descriptor, 4, start + 4)
+    lengths = int.from_bytes(length, "little"), int.from_bytes(length, "big")
+    return name.isascii() and name.decode().isprintable() and start + min(lengths) <= os.fstat(descriptor).st_size
 
 
 def lacks_end(descriptor):
@@ -310,17 +356,10 @@ def lacks_end(descriptor):
     return page >= 0 and not int.from_bytes(end[page + 5 : page + 6]) & 4
 
 
-def headerless_blocks(file, descriptor, first_byte, n_read):
-    """Yield the samples of a WAV that lie behind those that its header has: all that is no further RIFF chunk.
-
-    first_byte: position of the samples in the file; n_read: how many of each channel the header has.
-    """
-    if file.subtype not in SAMPLE_BYTES or os.pread(descriptor, 4, 0) != b"RIFF":
-        return
-    frame_bytes = file.channels * SAMPLE_BYTES[file.subtype]
-    start, size = first_byte + n_read * frame_bytes, os.fstat(descriptor).st_size
-    name, length = struct.unpack("<4sI", os.pread(descriptor, 8, start + start % 2).ljust(8))
-    if name.isascii() and name.decode().isprintable() and start + length <= size:
+def headerless_blocks(file, descriptor, start):
+    """Yield the samples of a WAV from a byte on, behind those that its header has: all that is no further chunk."""
+    frame_bytes, size = file.channels * SAMPLE_BYTES[file.subtype], os.fstat(descriptor).st_size
+    if is_chunk(descriptor, start + start % 2):
         return
     settings = {"samplerate": file.samplerate, "channels": file.channels, "subtype": file.subtype, "format": "RAW"}
     for position in range(start, size - frame_bytes + 1, BLOCK_SAMPLES * frame_bytes):
@@ -352,7 +391,11 @@ def open_with_ffmpeg(path, reason, rate=None):
         "-",
     ]
     pipe, said = subprocess.PIPE, []
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+    except OSError as error:  # too many open files
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    with process:
         listener = threading.Thread(target=keep_lines, args=(process.stderr, said))
         listener.start()
         try:
@@ -443,7 +486,7 @@ def to_mono(samples):
         if n_channels > 1:
             rows -= rows.mean(axis=1, keepdims=True)  # an offset of the converter does not cancel
             covariance = rows @ rows.T  # (n_channels, n_channels)
-            if covariance.sum() < OPPOSITE**2 * covariance.diagonal().max():
+            if covariance.sum() < OPPOSITE * covariance.trace():  # two alike: a correlation under -0.9
                 mono = samples[:, covariance.diagonal().argmax()].astype(np.float32) / np.float32(full_scale)
     return mono
 

@@ -394,6 +394,21 @@ def test_file_that_ffmpeg_can_not_decode_is_named(ffmpeg, tmp_path):
         read_audio(tmp_path / "a.mp4", RATE)
 
 
+def test_recording_is_named_where_no_more_files_can_be_opened(ffmpeg, tmp_path):
+    import resource
+
+    (tmp_path / "a.mp4").write_bytes(VIDEO)
+    free = os.dup(0)  # the lowest number that is free, which the recording gets
+    os.close(free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"Too many open files: .*a\.mp4"):
+            read_audio(tmp_path / "a.mp4", RATE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 # --- Sound that the header does not promise, and files that name others -------------------------------------------
 
 FFMPEG_FOLDER = os.path.dirname(shutil.which("ffmpeg") or "")
@@ -444,7 +459,9 @@ def test_sound_behind_what_libsndfile_reads_is_read_or_refused(name, make, secon
 
 
 @pytest.mark.parametrize("length", [0, 6000])  # of a recorder that was switched off; of 4 GB and 6000 bytes
-@pytest.mark.parametrize(("subtype", "channels"), [("PCM_16", 1), ("PCM_24", 2), ("FLOAT", 2), ("PCM_U8", 1)])
+@pytest.mark.parametrize(
+    ("subtype", "channels"), [("PCM_16", 1), ("PCM_24", 2), ("FLOAT", 2), ("PCM_U8", 1), ("ULAW", 1), ("ALAW", 2)]
+)
 def test_wav_with_more_sound_than_its_header_has_is_read_to_its_end(subtype, channels, length, tmp_path, monkeypatch):
     monkeypatch.setattr(audio_module, "BLOCK_SAMPLES", 5000)
     cut_header_of_wav(tmp_path / "a.wav", subtype, channels, length)
@@ -452,10 +469,32 @@ def test_wav_with_more_sound_than_its_header_has_is_read_to_its_end(subtype, cha
     assert np.abs(samples - sounds(2 * RATE, RATE)["tone"]).max() < 2 * EXACT[subtype]
 
 
-def test_chunks_behind_the_sound_are_no_sound(tmp_path):
-    path = write(tmp_path / "a.wav", sounds(5001, RATE)["tone"], subtype="PCM_U8")  # of odd length: a byte follows
-    path.write_bytes(path.read_bytes() + b"id3 " + struct.pack("<I", 9000) + bytes(9000))
-    assert len(read_audio(path, RATE)) == 5001
+@pytest.mark.parametrize("n", [0, RATE])
+@pytest.mark.parametrize("file_format", ["wav", "rf64", "aiff", "au", "caf"])
+def test_other_file_with_more_sound_than_its_header_has_is_noted_or_refused(file_format, n, tmp_path, capfd):
+    options = {"subtype": "IMA_ADPCM"} if file_format == "wav" else {}
+    tone = sounds(5 * RATE, RATE)["tone"]
+    whole = write(tmp_path / f"a.{file_format}", tone, **options).read_bytes()
+    path = write(tmp_path / f"a.{file_format}", tone[:n], **options)  # and the recorder is switched off
+    path.write_bytes(path.read_bytes() + whole[path.stat().st_size :])
+    if n:
+        read_audio(path, RATE)
+        assert f"note: {path} seems to be cut off: its header has 1.0 s, and more follows" in capfd.readouterr().err
+    else:
+        with pytest.raises(UserError, match="says that it holds no audio samples, and more follows: export it again"):
+            read_audio(path, RATE)
+
+
+@pytest.mark.parametrize("file_format", ["wav", "aiff"])
+@pytest.mark.parametrize("subtype", ["PCM_24", "ULAW", "IMA_ADPCM"])
+def test_chunks_behind_the_sound_are_no_sound(subtype, file_format, tmp_path, capfd):
+    path = write(tmp_path / f"a.{file_format}", sounds(5001, RATE)["tone"], subtype=subtype)
+    n = len(read_audio(path, RATE))
+    whole = path.read_bytes()
+    length = struct.pack("<I" if file_format == "wav" else ">I", 9000)
+    path.write_bytes(whole + bytes(len(whole) % 2) + b"id3 " + length + bytes(9000))  # of odd length: a byte follows
+    assert len(read_audio(path, RATE)) == n
+    assert "note" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("file_format", ["wav", "aiff", "rf64", "au", "caf"])
@@ -477,21 +516,28 @@ def test_file_that_ends_before_its_headers_length_is_noted(file_format, tmp_path
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("file_format", ["m4a", "flv", "mkv", "wv"])
-def test_file_for_ffmpeg_is_noted_where_cut_and_refused_where_joined(file_format, tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    ("file_format", "other_format"), [("m4a", "mp4"), ("flv", "flv"), ("mkv", "mkv"), ("wv", "wv")]
+)
+def test_file_for_ffmpeg_is_noted_where_cut_and_refused_where_joined(
+    file_format, other_format, tmp_path, capfd, monkeypatch
+):
     monkeypatch.setenv("PATH", FFMPEG_FOLDER)
-    wav = write(tmp_path / "a.wav", sounds(10 * RATE, RATE)["noise"])
-    path = tmp_path / f"a.{file_format}"
-    subprocess.run(["ffmpeg", "-v", "error", "-i", wav, "-movflags", "faststart", path], check=True)
+    title = "title=Duration: 10:00:00, a partial file"  # is no word of ffmpeg's
+    path, other = tmp_path / f"partial file.{file_format}", tmp_path / f"other.{other_format}"
+    for seconds, file, metadata in ((10, path, title), (3, other, "title=of another recorder")):
+        wav = write(tmp_path / "a.wav", sounds(seconds * RATE, RATE)["noise"])
+        options = ["-metadata", metadata, "-movflags", "faststart"]
+        subprocess.run(["ffmpeg", "-v", "error", "-i", wav, *options, file], check=True)
     assert len(read_audio(path, RATE)) / RATE == pytest.approx(10, abs=0.1)
     assert "note" not in capfd.readouterr().err
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     assert len(read_audio(path, RATE)) / RATE == pytest.approx(5, abs=1)
     assert f"note: {path} seems to be cut off: " in capfd.readouterr().err
-    path.write_bytes(2 * whole)
+    path.write_bytes(whole + other.read_bytes())
     if file_format == "mkv":  # ffmpeg reads both
-        assert len(read_audio(path, RATE)) / RATE == pytest.approx(20, abs=0.2)
+        assert len(read_audio(path, RATE)) / RATE == pytest.approx(13, abs=0.2)
     else:
         with pytest.raises(UserError, match="is two files, one behind the other"):
             read_audio(path, RATE)
@@ -504,11 +550,22 @@ def test_channels_that_cancel_each_other_are_the_loudest_of_them(second, offset,
     assert np.array_equal(read_audio(path, RATE), tone + np.float32(offset))
 
 
-def test_channels_that_cancel_but_for_a_click_in_both_are_the_loudest_of_them(tmp_path):
+@pytest.mark.parametrize("small", ["click", "hum", "noise"])
+def test_channels_that_cancel_but_for_something_small_are_the_loudest_of_them(small, tmp_path):
     kinds = sounds(RATE, RATE)
-    first, second = 0.3 * kinds["tone"] + kinds["click"] / 2, -0.29 * kinds["tone"] + kinds["click"] / 2
-    path = write(tmp_path / "a.wav", np.stack([first, second], axis=1), subtype="FLOAT")
-    assert np.array_equal(read_audio(path, RATE), first)
+    tone = 0.3 * kinds["tone"]  # std 0.106
+    hum = 0.03 * np.sin(2 * np.pi * 50 * np.arange(RATE) / RATE)  # 14 dB below
+    noise = np.random.default_rng(1).normal(0, 0.016, (2, RATE))  # another in each channel, 16 dB below
+    added = {"click": kinds["click"] / 2, "hum": hum, "noise": noise}[small]
+    channels = np.stack([tone, -0.95 * tone]) + np.float32(added)
+    assert np.array_equal(read_audio(write(tmp_path / "a.wav", channels.T, subtype="FLOAT"), RATE), channels[0])
+
+
+def test_channels_of_wide_stereo_are_averaged(tmp_path):
+    """They have a common part and a larger one that is inverted in the other: a correlation of -0.4."""
+    middle, side = np.random.default_rng(0).normal(0, 0.1, (2, RATE)) * [[0.65], [1]]
+    path = write(tmp_path / "a.wav", np.stack([middle + side, middle - side], axis=1), subtype="FLOAT")
+    np.testing.assert_allclose(read_audio(path, RATE), middle, atol=1e-6)
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(1, 1), (999, 2), (2_000_000, 1), (RATE, 65), (RATE, 1024)])
