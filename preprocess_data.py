@@ -26,15 +26,18 @@ from tqdm import tqdm
 
 import config
 import utils
-from audio import AudioSettings, clip_features, stream_audio, windows
+from audio import MAX_HOURS, MIN_TAIL, AudioSettings, clip_features, stream_audio, windows
 from utils import UserError
 
 if __name__ != "__mp_main__":  # the worker processes import this file too, and start faster without pandas
     import data_loader
 
-CLIPS_PER_TASK = 8  # clips a worker takes at a time: enough to make messages cheap, few enough to stop quickly
+CLIPS_PER_TASK = 8  # files of one clip a worker takes at a time: makes messages cheap, and is quick to stop
 SHOWN = 10  # pairs of clips that are named
 SILENCE = 1e-3  # of a recording's peak (-60 dB): quieter windows at its ends make no clips
+EDGE = 0.02  # s at the ends of a window that are no sound: resampling makes an offset of the converter ring there
+ROUNDING = 1e-5  # of an offset: what resampling leaves of it as noise
+END_SLACK = 1  # s that a table's end may lie behind a recording's, as where it is rounded
 TASKS_AHEAD = 4  # per worker, of the result that is next: few enough that memory does not grow with the data
 
 
@@ -44,7 +47,7 @@ def parse_args():
     add("--data_dir", metavar="DIR", help=f"the data set (default: {config.DATASET_DIR} in the assets)")
     add("--output_dir", metavar="DIR", help="processed files (default: data/ in the assets)")
     add("--group_by", choices=("pieces", "file"), default="pieces", help="see `read_dataset` (default: pieces)")
-    add("--workers", type=utils.positive_int, default=config.WORKERS, help="processes (default: one a core)")
+    add("--workers", type=utils.positive_int, default=str(config.WORKERS), help="processes (default: one a core)")
     add("--overwrite", action="store_true", help="make the files again, whatever is there")
     add("--allow_missing", action="store_true", help="leave out clips that are missing or unreadable")
     return parser.parse_args()
@@ -59,7 +62,8 @@ def process_clips(tasks, audio, workers):
     tasks: [(path, what to cut)], see `cut_recording`. The same bits for any number of `workers`. UserError if one of
     them is killed.
     """
-    groups = [tasks[start : start + CLIPS_PER_TASK] for start in range(0, len(tasks), CLIPS_PER_TASK)]
+    size = CLIPS_PER_TASK if all(part is None for _, part in tasks) else 1  # a recording may have thousands of clips
+    groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     if len(groups) <= 1:  # done before a worker has started
         yield from process_group(tasks, audio)
         return
@@ -94,7 +98,8 @@ def cut_recording(path, part, audio):
     """Return the clips of a recording, [(start in s, end in s, features (n_mels, n_frames))].
 
     part: None for one clip, its beginning; (start, end) in s, as text or "", for windows of a clip's length that
-    overlap by half, without the silence at the ends. UserError if it can't be read, or is silent.
+    overlap by half, without the silence at the ends. UserError if it can't be read, is silent, or is not as long as
+    `part` says; and beyond MAX_HOURS, as its clips are held in memory.
     """
     if part is None:
         beginning = section(stream_audio(path, audio.sample_rate), 0, audio.clip_samples)
@@ -102,16 +107,30 @@ def cut_recording(path, part, audio):
     rate, length = audio.sample_rate, audio.clip_samples
     first = round(float(part[0] or 0) * rate)
     last = round(float(part[1]) * rate) if part[1] else None
+    hop = max(length // 2, 1)
     clips, peaks = [], []
-    for start, samples in windows(section(stream_audio(path, rate), first, last), length, max(length // 2, 1)):
+    for start, samples in windows(section(stream_audio(path, rate), first, last), length, hop):
         if not len(samples):
             raise UserError(f"{path} has no sound from {part[0] or 0} s on: correct its start")
-        peaks.append(np.abs(samples).max())
-        clips.append(((first + start) / rate, (first + start + len(samples)) / rate, clip_features(samples, audio)))
+        if start + len(samples) > MAX_HOURS * 3600 * rate:
+            raise UserError(f"{path} is longer than {MAX_HOURS} h: cut it, or give a start and end in metadata.csv")
+        peaks.append(loudness(samples, rate))
+        end = (first + start + len(samples)) / rate
+        clips.append(((first + start) / rate, end, clip_features(samples, audio)))
+    if last is not None and end + MIN_TAIL * hop / rate + END_SLACK < last / rate:
+        raise UserError(f"{path} ends at {end:.1f} s: correct its end in metadata.csv, {part[1]}, or leave that empty")
     is_loud = np.flatnonzero(np.array(peaks) > SILENCE * max(peaks))
     if not len(is_loud):
-        raise UserError(f"{path} is silent: every sample is zero. Record it again, or remove it")
+        raise UserError(f"{path} is silent: its samples are all the same. Record it again, or remove it")
     return clips[is_loud[0] : is_loud[-1] + 1]
+
+
+def loudness(samples, rate):
+    """Return the range of a window's samples, 0 if they are all the same: an offset of the converter is no sound."""
+    edge = round(EDGE * rate) if len(samples) > 4 * EDGE * rate else 0
+    inner = samples[edge : len(samples) - edge]
+    span = np.ptp(inner)
+    return span if span > ROUNDING * np.abs(inner).max() else 0
 
 
 def section(blocks, first, last):
@@ -190,11 +209,12 @@ def clips_stored(output_dir, clips, allow_missing):
     """
     if not all((output_dir / name).is_file() for name in data_loader.PROCESSED_FILES):
         return 0
-    info = data_loader.load_processed(output_dir).info  # with its checks
-    what = f"{output_dir} holds {info.get('clips')} clips of a different list of files, classes and folds"
+    data = data_loader.load_processed(output_dir)  # with its checks
+    info, count = data.info, len(data.labels)
+    what = f"{output_dir} holds {count} clips of a different list of files, classes and folds"
     if info.get("listing") == data_loader.listing_digest(clips):
         if allow_missing or not info["left_out"]:
-            return info["clips"]
+            return count
         what = (
             f"{output_dir} lacks {len(info['left_out'])} clips that could not be read (--allow_missing leaves them out)"
         )

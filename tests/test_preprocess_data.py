@@ -191,6 +191,40 @@ def test_clip_is_read_no_further_than_its_length(tmp_path):
     assert np.array_equal(features, whole[0][2])
 
 
+@pytest.mark.parametrize("rate", [8000, 22_050, 44_100])
+def test_offset_of_the_converter_is_no_sound(rate, tmp_path):
+    samples = np.full(24 * rate, 0.1)
+    soundfile.write(tmp_path / "a.wav", samples, rate)
+    with pytest.raises(UserError, match=r"a\.wav is silent: its samples are all the same"):
+        preprocess_data.cut_recording(tmp_path / "a.wav", ("", ""), AudioSettings())
+    samples[10 * rate : 14 * rate] += np.random.default_rng(0).normal(0, 0.02, 4 * rate)
+    soundfile.write(tmp_path / "a.wav", samples, rate)
+    clips = preprocess_data.cut_recording(tmp_path / "a.wav", ("", ""), AudioSettings())
+    assert [start for start, _, _ in clips] == [8, 10, 12]
+
+
+def test_part_of_a_recording_must_be_in_it_and_no_longer_than_memory_allows(tmp_path, monkeypatch):
+    path, audio = tmp_path / "a.wav", AudioSettings()
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 14 * 22_050 + 99), 22_050)
+    for part, starts in ((("0", "14"), 6), (("0", "14.9"), 6), (("4", "10.0"), 2)):
+        assert len(preprocess_data.cut_recording(path, part, audio)) == starts
+    for part in (("0", "15.5"), ("10", "99")):
+        refused = rf"a\.wav ends at 14\.0 s: correct its end in metadata\.csv, {part[1]}, or leave that empty"
+        with pytest.raises(UserError, match=refused):
+            preprocess_data.cut_recording(path, part, audio)
+    monkeypatch.setattr(preprocess_data, "MAX_HOURS", 10 / 3600)
+    assert len(preprocess_data.cut_recording(path, ("4", "14"), audio)) == 4
+    with pytest.raises(UserError, match=r"a\.wav is longer than .* h: cut it, or give a start and end in metadata"):
+        preprocess_data.cut_recording(path, ("", ""), audio)
+
+
+def test_number_of_workers_in_config_is_checked(dataset, preprocess, monkeypatch, capsys):
+    monkeypatch.setattr(preprocess_data.config, "WORKERS", 0)
+    with pytest.raises(SystemExit, match="2"):
+        preprocess(dataset(1)[0])
+    assert "--workers: '0' is not a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_data_set_is_no_folder_for_the_output(dataset, preprocess):
     folder, _ = dataset(1)
     (folder / "clips.csv").write_text("mine")
@@ -199,8 +233,12 @@ def test_data_set_is_no_folder_for_the_output(dataset, preprocess):
     assert (folder / "clips.csv").read_text() == "mine"
 
 
-def test_second_run_has_nothing_to_do_and_reads_no_clip(miniature, processed, tmp_path, preprocess):
+@pytest.mark.parametrize("count", [b'"clips": 60,', b'"clips": "\\u001b[2J",', b""])  # which is not relied on
+def test_second_run_has_nothing_to_do_and_reads_no_clip(count, miniature, processed, tmp_path, preprocess):
     shutil.copytree(processed[0], tmp_path / "processed")
+    info = tmp_path / "processed" / "features.json"
+    assert info.read_bytes().count(b'"clips": 60,') == 1
+    info.write_bytes(info.read_bytes().replace(b'"clips": 60,', count))
     shutil.copytree(miniature / "metadata", tmp_path / "UrbanSound8K" / "metadata")  # the clips are not even there
     before = contents(tmp_path / "processed")
     printed = preprocess(tmp_path / "UrbanSound8K").out
