@@ -484,7 +484,7 @@ def read_info(folder):
     """Return the dict in a folder's features.json. UserError if it is not one."""
     path = folder / "features.json"
     info = utils.load_json(path)
-    kinds = {"audio": dict, "clips": int, "left_out": list, "source": str}
+    kinds = {"audio": dict, "left_out": list, "source": str}
     is_right = isinstance(info, dict) and all(type(info.get(key)) is kind for key, kind in kinds.items())
     if not is_right or not info["source"].isprintable():
         raise UserError(

@@ -173,7 +173,7 @@ def main():
     args = parse_args()
     data_dir = utils.folder(args.data_dir, args.assets_dir, config.DATASET_DIR)
     output_dir = utils.folder(args.output_dir, args.assets_dir, config.PROCESSED_DIR)
-    if output_dir.resolve() == data_dir.resolve():  # whose clips.csv may be the user's own
+    if os.path.realpath(output_dir) == os.path.realpath(data_dir):  # whose clips.csv may be the user's own
         raise UserError(f"{output_dir} is the data set itself: name another folder with --output_dir")
     kind, clips = data_loader.read_dataset(data_dir, args.group_by)
     print_found(data_dir, kind, clips)

@@ -18,6 +18,8 @@ from audio import AudioSettings
 
 # A suite that a shell runs in the background inherits 'ignore Ctrl-C', and so would each script that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has them ignore
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
