@@ -180,8 +180,7 @@ def main():
     with utils.only_one(output_dir, "preprocess_data.py"):
         data_loader.install(output_dir / data_loader.NEW_FILES, output_dir)  # what a kill has cut short
         if not args.overwrite and (stored := clips_stored(output_dir, clips, args.allow_missing)):
-            count = f"all {stored}" if stored == len(clips) else f"{stored} of {len(clips)}"
-            print(f"Nothing to do: {output_dir} holds the features of {count} clips (--overwrite: again)")
+            print(f"Nothing to do: {output_dir} holds the features of {stored} clips (--overwrite: again)")
         else:
             preprocess(clips, data_dir, output_dir, args)
     if config.HF_REPO_ID:
