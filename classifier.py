@@ -6,8 +6,8 @@
     vector = model.embed("street.wav")  # (128,), what the last hidden layer says
 
 A .safetensors file is computed by torch. An .onnx file, which export.py makes, is computed by onnxruntime: the same
-answers without the seconds that torch takes to import. An .onnx file is a program: a stranger's may take any time and
-memory, which a .safetensors file can't.
+answers without the seconds that torch takes to import. An .onnx file is a program: an untrusted one may take any time
+and memory, which a .safetensors file can't.
 """
 
 import itertools

@@ -7,7 +7,7 @@
 
 Needs 14 GB of disk while it runs and 7 GB after. Stop it at any time: the same command resumes, and returns at once
 when the data set is complete. soundata validates every file. An archive that a browser fetched is used if it lies in
-the data set's folder as UrbanSound8K.tar.gz. The archive is removed at the end. GitHub makes ESC-50's archive anew,
+the data set's folder as UrbanSound8K.tar.gz. The archive is removed at the end. GitHub makes ESC-50's archive again,
 with another md5: there, the checksums in the archive and soundata's md5 of each clip are what is checked.
 
 UrbanSound8K is free for non-commercial use (CC BY-NC): J. Salamon, C. Jacoby and J. P. Bello, "A Dataset and Taxonomy

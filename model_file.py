@@ -95,9 +95,9 @@ def load_model(path, device="cpu"):
         raise UserError(f"{path}: {error}") from error
     check_state(path, state, network.state_dict())
     network.load_state_dict(state)
-    if trained.get("network") not in (None, digest(network)):  # no error: a PyTorch may name a layer's settings anew
+    if trained.get("network") not in (None, digest(network)):  # no error: versions of PyTorch print layers differently
         reason = f"{path} was trained with other layers than model.py has now, so its answers may be wrong"
-        print(f"note: {reason}: take the edit back, or run python train.py --fresh", file=sys.stderr)
+        print(f"note: {reason}: undo the edit, or run python train.py --fresh", file=sys.stderr)
     return network.to(device).eval(), info
 
 

@@ -1,4 +1,4 @@
-"""The networks against plain versions of themselves, and model files from friends and strangers."""
+"""The networks against plain versions of themselves, and model files trusted and untrusted."""
 
 import dataclasses
 import json
